@@ -1,0 +1,64 @@
+"""What a solver returns: values, and how far each may be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Some eigenpairs at one end of a spectrum, outermost first.
+
+    Attributes:
+        values: Shape ``(k,)``, float64: λ₁ ≥ λ₂ ≥ … at the top, λ_n ≤ λ_{n-1} ≤ … at the bottom.
+        vectors: Orthonormal rows, shape ``(k, n)``, in the operator's type and on its device.
+        residuals: ‖A v - λ v‖, shape ``(k,)``. *Inclusion*: an eigenvalue of A lies within ``residuals +
+            product_error`` of each value, always (Krylov-Weinstein).
+        bounds: Estimated error of each value, shape ``(k,)``: min(r, r²/gap), for clusters min(‖R‖²/gap), plus the
+            error of a product (see :func:`value_bounds`). Right as long as no eigenvalue was missed; ``limits`` says
+            with which probability none was.
+        limits: *Completeness*, shape ``(k,)`` or None where it was not checked: with probability ``confidence`` the
+            i-th eigenvalue, counted with multiplicity, is not beyond ``limits[i]`` (above it at the top, below it at
+            the bottom). It is never inside ``values[i]`` by more than the error of a product.
+        confidence: The probability that goes with ``limits``.
+        converged: Whether each of ``bounds`` meets the tolerance asked for.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    bounds: Tensor
+    limits: Tensor | None
+    confidence: float | None
+    converged: bool
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class ExtremalEigenpairs:
+    """Both ends of a spectrum from one run.
+
+    Attributes:
+        top: The largest eigenvalues, descending.
+        bottom: The smallest (most negative) eigenvalues, ascending.
+        subspace: The vectors of both ends and a few beyond them, rows of shape ``(r, n)``: the ``start`` of a later run
+            on a nearby operator.
+        products: Products with the operator that were spent, completeness check included.
+        product_error: Estimated error of one product (norm, per unit vector).
+        norm: Estimate of ‖A‖, the largest |Ritz value|.
+    """
+
+    top: Eigenpairs
+    bottom: Eigenpairs
+    subspace: Tensor
+    products: int
+    product_error: float
+    norm: float
+
+    @property
+    def converged(self) -> bool:
+        return self.top.converged and self.bottom.converged

@@ -1,0 +1,1 @@
+"""What the tests share: operators with known spectra, modules, trainers, digests."""
