@@ -1,0 +1,345 @@
+"""A module's loss as a deterministic function of its weights: value, gradient, Hessian-vector products."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dynamics.objective.double_backward import twice_differentiable
+from lightning_dynamics.objective.memory import SavedBytes, available_memory
+from lightning_dynamics.objective.parameters import Layout, ParameterFilter, select_parameters
+from lightning_dynamics.objective.sandbox import Sandbox, fork_rng, private_copy, seed_everything
+
+Part = Literal["all", "even", "odd"]
+"""All batches of an objective, or the half of them with even or odd numbers."""
+
+LossFunction = Callable[[nn.Module, Any], Tensor | None]
+"""A batch's loss, a scalar tensor, or None for a batch that is to be skipped."""
+
+Engine = Literal["auto", "kept", "rebuilt"]
+"""How products are computed: from gradient graphs that are kept for all of them (fast: 1.4 to 2.8 gradients each), or
+rebuilt for each (a third to a half more, but only one batch's graph is ever held)."""
+
+
+class Objective:
+    """L(θ) = Σ_b w_b ℓ_b(θ) / Σ_b w_b over fixed batches b, with fixed noise, at the module's current weights.
+
+    Every evaluation starts from the same state (buffers, attributes, random numbers), so that L is a function in the
+    strict sense: the same weights give the same bits. Nothing that an evaluation does stays in the module; see
+    :class:`Sandbox` for how, and for what is beyond it.
+
+    Args:
+        module: The module whose parameters are θ.
+        loss: Computes one batch's loss, ``loss(module, batch)``.
+        batches: The batches; each is copied before it is used.
+        weights: w_b, one number per batch; by default the length of the first tensor found in the batch, which is right
+            for losses that are means over samples.
+        parameters: Which parameters make up θ, see :data:`ParameterFilter`; all that require a gradient by default.
+        seed: Seed of the noise (dropout, augmentation). Batch b draws from a stream of its own.
+        noise_draws: R ≥ 1; the loss is averaged over R draws of the noise, at R times the cost. A single fixed draw
+            biases the largest eigenvalue upwards.
+        indices: Numbers that name the batches when their noise is drawn; 0, 1, … by default. A process that holds only
+            some of the batches passes their global numbers, so that the noise does not depend on who holds what.
+        training: Training flag during evaluation; None keeps each submodule's own.
+        dtype: Narrowest floating type to compute in; parameters, buffers and batches below it are raised to it. None
+            keeps every type as it is.
+        engine: See :data:`Engine`; ``"auto"`` keeps the graphs if they fit into half of the memory that is free.
+        keep: Objects that the sandbox does not copy.
+        replace: Stand-ins for objects met while copying.
+        overrides: Attributes set while the sandbox is open.
+        context: Entered around every evaluation (an autocast context, say).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: LossFunction,
+        batches: Sequence[Any],
+        *,
+        weights: Sequence[float] | None = None,
+        parameters: ParameterFilter | None = None,
+        seed: int = 0,
+        noise_draws: int = 1,
+        indices: Sequence[int] | None = None,
+        training: bool | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        engine: Engine = "auto",
+        keep: Iterable[object] = (),
+        replace: Iterable[tuple[object, object]] = (),
+        overrides: Iterable[tuple[object, str, Any]] = (),
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        if not len(batches):
+            raise ValueError("`batches` is empty: a loss needs at least one batch.")
+        if noise_draws < 1:
+            raise ValueError(f"`noise_draws` must be at least 1, got {noise_draws}.")
+        self.module = module
+        self.engine = engine
+        self.seed = seed
+        self.noise_draws = noise_draws
+        self._loss = loss
+        self._batches = batches
+        self._weights = [float(w) for w in weights] if weights is not None else [batch_length(b) for b in batches]
+        self._indices = list(indices) if indices is not None else list(range(len(batches)))
+        for name, values in (("weights", self._weights), ("indices", self._indices)):
+            if len(values) != len(batches):
+                raise ValueError(f"`{name}` must have one entry per batch ({len(batches)}), got {len(values)}.")
+        if not all(w >= 0 for w in self._weights):
+            raise ValueError(f"`weights` must not be negative, got {self._weights}.")
+        self._where = parameters
+        self._dtype = dtype
+        self._context = context
+        self._bytes: int | None = None
+        self._sandbox = Sandbox(module, dtype=dtype, keep=keep, replace=replace, overrides=overrides, training=training)
+
+    @property
+    def shared(self) -> set[str]:
+        """Attributes that an evaluation shares with the module instead of copying them (see :class:`Sandbox`)."""
+        return self._sandbox.shared
+
+    def _graph_bytes(self, at: Linearization) -> int:
+        """What keeping the gradient graphs of all batches takes; found on the first batch, once."""
+        if self._bytes is None:
+            saved = SavedBytes()
+            with saved.counting():
+                term = next(self._terms(), None)
+                if term is not None:
+                    at._gradient(term.loss, graph=True)
+            self._bytes = saved.total * len(self._batches) * self.noise_draws
+        return self._bytes
+
+    @contextmanager
+    def linearize(self) -> Iterator[Linearization]:
+        """Open the objective at the current weights.
+
+        Raises:
+            ValueError: If a loss is not a scalar, depends on no parameter, or every batch was skipped.
+        """
+        parameters = select_parameters(self.module, self._where)
+        with ExitStack() as stack:
+            stack.enter_context(fork_rng())
+            stack.enter_context(twice_differentiable(self.module))
+            stack.enter_context(_default_dtype(self._dtype))
+            stack.enter_context(self._context())
+            stack.enter_context(self._sandbox)
+            evaluation = Linearization(self, self._sandbox.leaves(parameters))
+            stack.callback(evaluation.close)
+            yield evaluation
+
+    def _terms(self) -> Iterator[_Term]:
+        """Each batch's loss, once per noise draw, each from the same state. Only inside the sandbox."""
+        for index, batch, weight in zip(self._indices, self._batches, self._weights, strict=True):
+            for draw in range(self.noise_draws):
+                loss = self._evaluate(index, batch, draw)
+                if loss is not None:
+                    yield _Term(index, weight / self.noise_draws, loss)
+
+    def _evaluate(self, index: int, batch: Any, draw: int) -> Tensor | None:
+        self._sandbox.renew()
+        seed_everything(stream_seed(self.seed, index, draw))
+        loss = self._loss(self.module, private_copy(batch, self._dtype))
+        self._sandbox.mend()
+        if loss is None:
+            return None
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"The loss must be a scalar tensor, got {shape}. Reduce it before returning it.")
+        if not loss.requires_grad:
+            raise ValueError(
+                "The loss does not depend on any parameter: it carries no gradient. Was it detached, turned into a "
+                "number, or computed under `torch.no_grad()`?"
+            )
+        return loss.reshape(())
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One summand of the objective: batch number, weight, loss with its graph."""
+
+    index: int
+    weight: float
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One summand's gradient, with the graph that a product differentiates."""
+
+    index: int
+    weight: float
+    gradient: list[Tensor | None]
+
+
+class Linearization:
+    """An objective opened at fixed weights θ. All sums are over this process's batches.
+
+    Attributes:
+        layout: How θ, a vector of shape ``(size,)``, maps onto the parameters.
+        weights: Σ w_b over all batches that were not skipped, and over those with even and with odd numbers; known
+            after :meth:`evaluate`.
+    """
+
+    def __init__(self, objective: Objective, leaves: dict[str, Tensor]) -> None:
+        self.layout = Layout.of(leaves)
+        self.weights: dict[Part, float] = {"all": 0.0, "even": 0.0, "odd": 0.0}
+        self._objective = objective
+        self._leaves = list(leaves.values())
+        self._graphs: list[_Graph] | None = None
+
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        types = {leaf.dtype for leaf in self._leaves}
+        return torch.float64 if torch.float64 in types else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self._leaves[0].device
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether gradient graphs are held for the products."""
+        return self._graphs is not None
+
+    def evaluate(self, keep: bool | None = None, reserve: int = 0) -> tuple[float, Tensor]:
+        """Compute Σ w_b ℓ_b and Σ w_b ∇ℓ_b, shape ``(size,)``, and set :attr:`weights`.
+
+        Args:
+            keep: Whether to keep the graphs for :meth:`product`; None decides by the objective's engine and the free
+                memory.
+            reserve: Bytes that must stay free besides the graphs (the solver's vectors).
+
+        Raises:
+            ValueError: If every batch was skipped, or the loss depends on none of the parameters.
+        """
+        keep = self.graphs_fit(reserve) if keep is None else keep
+        total, gradient, reached = 0.0, self._zeros(), False
+        weights: dict[Part, float] = {"all": 0.0, "even": 0.0, "odd": 0.0}
+        graphs = []
+        for term in self._objective._terms():
+            parts = self._gradient(term.loss, graph=keep)
+            reached = reached or any(part is not None for part in parts)
+            total += term.weight * float(term.loss.detach())
+            weights["all"] += term.weight
+            weights[_parity(term.index)] += term.weight
+            gradient.add_(self.layout.flatten(parts, gradient), alpha=term.weight)
+            if keep:
+                graphs.append(_Graph(term.index, term.weight, parts))
+        if not any(weights.values()) and not reached:
+            raise ValueError("The step returned no loss for any batch of the probe: there is nothing to measure.")
+        if not reached:
+            names = self.layout.names
+            raise ValueError(
+                "The loss depends on none of the measured parameters "
+                f"({', '.join(names[:6])}{', …' if len(names) > 6 else ''})."
+            )
+        self.weights = weights
+        self._graphs = graphs if keep else None
+        return total, gradient
+
+    def product(self, vector: Tensor, part: Part = "all") -> Tensor:
+        """Σ w_b ∇²ℓ_b · v, shape ``(size,)``, over all batches, or over those with even or odd numbers."""
+        directions = self.layout.unflatten(vector)
+        out = self._zeros()
+        for graph in self._gradients():
+            if part in ("all", _parity(graph.index)):
+                second = self._differentiate(graph.gradient, directions)
+                out.add_(self.layout.flatten(second, out), alpha=graph.weight)
+        return out
+
+    def graphs_fit(self, reserve: int = 0) -> bool:
+        """Whether the gradient graphs of all batches, and ``reserve`` bytes, fit into half of the free memory."""
+        if self._objective.engine != "auto":
+            return self._objective.engine == "kept"
+        free = available_memory(self.device)
+        return free is None or self._objective._graph_bytes(self) + reserve <= free // 2
+
+    def close(self) -> None:
+        """Let go of the graphs."""
+        self._graphs = None
+
+    def _gradients(self) -> Iterator[_Graph]:
+        if self._graphs is not None:
+            yield from self._graphs
+            return
+        for term in self._objective._terms():
+            yield _Graph(term.index, term.weight, self._gradient(term.loss, graph=True))
+
+    def _gradient(self, loss: Tensor, graph: bool) -> list[Tensor | None]:
+        return list(torch.autograd.grad(loss, self._leaves, create_graph=graph, allow_unused=True))
+
+    def _differentiate(self, gradient: list[Tensor | None], directions: list[Tensor]) -> list[Tensor | None]:
+        pairs = [
+            (g, v.to(g.dtype))
+            for g, v in zip(gradient, directions, strict=True)
+            if g is not None and g.requires_grad  # a gradient that is constant has no graph
+        ]
+        if not pairs:
+            return [None] * len(gradient)
+        outputs, vectors = zip(*pairs, strict=True)
+        again = torch.autograd.grad(
+            outputs, self._leaves, grad_outputs=vectors, retain_graph=self.is_kept, allow_unused=True
+        )
+        return list(again)
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
+
+
+def _parity(index: int) -> Part:
+    return "odd" if index % 2 else "even"
+
+
+def stream_seed(*parts: int) -> int:
+    """A 63-bit seed that depends on all of the parts, well mixed: neighbouring parts give unrelated streams."""
+    digest = hashlib.blake2b(",".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def batch_length(batch: Any) -> float:
+    """Number of samples in a batch: the length of the first tensor found in it, 1 if there is none."""
+    if isinstance(batch, Tensor):
+        return float(batch.shape[0]) if batch.dim() else 1.0
+    members: Iterable[Any] = ()
+    if isinstance(batch, dict):
+        members = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        members = batch
+    elif hasattr(batch, "__dict__"):
+        members = vars(batch).values()
+    for member in members:
+        if isinstance(member, (Tensor, dict, list, tuple)) and (length := _length_or_none(member)) is not None:
+            return length
+    return 1.0
+
+
+def _length_or_none(member: Any) -> float | None:
+    if isinstance(member, Tensor):
+        return float(member.shape[0]) if member.dim() else None
+    for inner in member.values() if isinstance(member, dict) else member:
+        if isinstance(inner, (Tensor, dict, list, tuple)) and (length := _length_or_none(inner)) is not None:
+            return length
+    return None
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Make new tensors at least as wide as ``dtype`` (a run in true half precision sets a narrower default)."""
+    before = torch.get_default_dtype()
+    if dtype is None or torch.finfo(before).bits >= torch.finfo(dtype).bits:
+        yield
+        return
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

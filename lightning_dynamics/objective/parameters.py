@@ -1,0 +1,96 @@
+"""Which weights count, and how a flat vector maps onto them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+ParameterFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+"""Which parameters a measurement is about: a regular expression that the whole name must match, a list of them (any may
+match), or a predicate of name and parameter. Only parameters that require a gradient are ever considered."""
+
+
+def select_parameters(module: nn.Module, where: ParameterFilter | None = None) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name, in the order of ``module.named_parameters()``, tied ones once.
+
+    Args:
+        module: The module.
+        where: See :data:`ParameterFilter`; None takes all that require a gradient.
+
+    Raises:
+        ValueError: If nothing is left, with the names that there are; or if a pattern is no regular expression.
+    """
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            f"{type(module).__name__} has no parameter that requires a gradient, so there is no curvature to measure. "
+            "Unfreeze some, or remove the monitor."
+        )
+    if where is None:
+        return trainable
+    chosen = {name: p for name, p in trainable.items() if _predicate(where)(name, p)}
+    if not chosen:
+        names = list(trainable)
+        shown = ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")
+        raise ValueError(
+            f"`parameters={where!r}` matches no trainable parameter. A pattern must match the whole name; there are: "
+            f"{shown}."
+        )
+    return chosen
+
+
+def _predicate(where: ParameterFilter) -> Callable[[str, nn.Parameter], bool]:
+    if callable(where):
+        return where
+    patterns = [where] if isinstance(where, str) else list(where)
+    try:
+        compiled = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ValueError(f"`parameters={where!r}` is not a regular expression: {error}.") from error
+    return lambda name, _: any(pattern.fullmatch(name) for pattern in compiled)
+
+
+class Layout:
+    """The bijection between a flat vector and tensors of named shapes, in a fixed order.
+
+    Args:
+        shapes: Shape of each parameter by name.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self.shapes = dict(shapes)
+        self.sizes = [shape.numel() for shape in self.shapes.values()]
+        self.size = sum(self.sizes)
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Tensor]) -> Layout:
+        return cls({name: p.shape for name, p in parameters.items()})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and list(self.shapes.items()) == list(other.shapes.items())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def flatten(self, tensors: Iterable[Tensor | None], like: Tensor) -> Tensor:
+        """One vector of shape ``(size,)`` in the type and on the device of ``like``; None stands for zeros."""
+        vector = torch.empty(self.size, dtype=like.dtype, device=like.device)
+        for part, tensor in zip(self._split(vector), tensors, strict=True):
+            if tensor is None:
+                part.zero_()
+            else:
+                part.copy_(tensor.detach().reshape(-1))
+        return vector
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Views of ``vector``, shape ``(size,)``, in the parameters' shapes."""
+        return [part.view(shape) for part, shape in zip(self._split(vector), self.shapes.values(), strict=True)]
+
+    def _split(self, vector: Tensor) -> Sequence[Tensor]:
+        return torch.split(vector, self.sizes)

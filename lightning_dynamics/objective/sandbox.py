@@ -1,0 +1,358 @@
+"""Run a module's own code and leave no trace: the only file that knows how.
+
+The idea is to swap, not to restore. While the sandbox is open every piece of mutable state that hangs on the module is
+replaced by a private copy; the originals are never touched, so putting the references back is exact to the bit. The
+module keeps its identity, so that hooks and closures over it find the private state too.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+# Copied shallowly: containers that the module machinery reads, whose contents (hooks, names) are shared.
+_REGISTRIES = frozenset(
+    {
+        "_modules",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks",
+        "_forward_hooks_always_called",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_load_state_dict_post_hooks",
+        "_load_state_dict_pre_hooks",
+        "_non_persistent_buffers_set",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+    }
+)
+_REBUILT = frozenset({"_parameters", "_buffers", "_hparams_initial"})
+_IMMUTABLE = (
+    int,
+    float,
+    bool,
+    str,
+    bytes,
+    complex,
+    type(None),
+    type,
+    range,
+    frozenset,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+)
+_DATA = (Dataset, DataLoader, Sampler)
+_CONTAINERS = (list, tuple, dict, deque)
+_LARGE = 1 << 20  # bytes from which a tensor attribute is copied once and not at every evaluation
+
+
+@contextmanager
+def fork_rng() -> Iterator[None]:
+    """Give the random number generators back their state: Python, NumPy, PyTorch on the CPU and on devices in use."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())] if _cuda_in_use() else []
+    mps = torch.mps.get_rng_state() if _mps_in_use() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        for index, state in enumerate(cuda):
+            torch.cuda.set_rng_state(state, index)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch; only ever called under :func:`fork_rng`.
+
+    Devices that are not in use yet are left alone: ``torch.manual_seed`` would leave them a seed for when they are.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if _cuda_in_use():
+        torch.cuda.manual_seed_all(seed)
+    if _mps_in_use():
+        torch.mps.manual_seed(seed)
+
+
+def private_copy(batch: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy of a batch that may be written to, with floating tensors narrower than ``dtype`` raised to it.
+
+    Tensors are found in the usual containers; other objects are deep-copied as they are.
+    """
+    if isinstance(batch, Tensor):
+        wide = dtype is not None and batch.is_floating_point() and _narrower(batch.dtype, dtype)
+        return batch.detach().to(dtype) if wide else batch.detach().clone()
+    if isinstance(batch, _IMMUTABLE):
+        return batch
+    if type(batch) in (list, tuple):
+        return type(batch)(private_copy(member, dtype) for member in batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(private_copy(member, dtype) for member in batch))
+    if type(batch) in (dict, OrderedDict):
+        return type(batch)((key, private_copy(member, dtype)) for key, member in batch.items())
+    with _PrivateTensors():
+        return copy.deepcopy(batch)
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_available() and torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _mps_in_use() -> bool:
+    return torch.backends.mps.is_available()
+
+
+class Sandbox:
+    """Private copies of everything mutable on a module, for as long as the context is open.
+
+    What is replaced: parameters by the leaves that :meth:`leaves` returns (private storage, no hooks, no ``.grad``),
+    buffers by clones, every other attribute of every submodule by a deep copy in which modules, parameters and buffers
+    map onto their private counterparts. :meth:`renew` starts over from the originals, so that each evaluation of a loss
+    sees the same state. Submodules that hide in lists and dicts are treated like registered ones.
+
+    What is shared, and so could carry a trace out: data sets, loaders and samplers; objects that cannot be copied;
+    module globals, class attributes, files, and whatever a hook closes over beyond the module. :attr:`shared` names the
+    attributes concerned.
+
+    Args:
+        module: The module.
+        dtype: Floating type to raise narrower floating parameters and buffers to; None keeps each as it is.
+        keep: Objects that are not copied where they are met (a trainer, loggers, …).
+        replace: Pairs of an object and what stands for it inside (an optimizer and its stand-in).
+        overrides: Attributes to set while the sandbox is open, as triples of object, name and value.
+        training: Training flag for all submodules; None keeps each one's own.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        keep: Iterable[object] = (),
+        replace: Iterable[tuple[object, object]] = (),
+        overrides: Iterable[tuple[object, str, Any]] = (),
+        training: bool | None = None,
+    ) -> None:
+        self.module = module
+        self.shared: set[str] = set()
+        self._dtype = dtype
+        self._keep = list(keep)
+        self._replace = list(replace)
+        self._overrides = list(overrides)
+        self._training = training
+        self._undo: list[Callable[[], None]] = []
+        self._originals: list[tuple[str, nn.Module, dict[str, Any]]] = []
+        self._parameters: list[nn.Parameter] = []
+        self._leaves: dict[int, Tensor] = {}
+        self._clones: dict[int, tuple[weakref.ref[Tensor], int, Tensor, int]] = {}
+
+    def __enter__(self) -> Sandbox:
+        try:
+            self._open()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def leaves(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """The private leaf that stands for each of these parameters while the sandbox is open."""
+        return {name: self._leaves[id(parameter)] for name, parameter in parameters.items()}
+
+    def renew(self) -> None:
+        """Throw the private state away and copy the originals anew; leaves keep their identity and values."""
+        memo: dict[int, Any] = {id(kept): kept for kept in self._keep}
+        memo.update({id(original): stand_in for original, stand_in in self._replace})
+        for _, module, _ in self._originals:
+            memo[id(module)] = module
+        memo.update(self._leaves)
+        for _, _, original in self._originals:
+            for buffer in original["_buffers"].values():
+                if buffer is not None and id(buffer) not in memo:
+                    memo[id(buffer)] = self._private(buffer)
+        for name, module, original in self._originals:
+            prefix = f"{name}." if name else ""
+            with _PrivateTensors(self._copy_tensor):
+                private = {key: self._copy(prefix + key, key, value, memo) for key, value in original.items()}
+            private["_parameters"] = {k: None if p is None else memo[id(p)] for k, p in original["_parameters"].items()}
+            private["_buffers"] = {k: None if b is None else memo[id(b)] for k, b in original["_buffers"].items()}
+            if self._training is not None:
+                private["training"] = self._training
+            state = vars(module)
+            state.clear()
+            state.update(private)
+        for target, attribute, value in self._overrides:
+            vars(target)[attribute] = value
+
+    def mend(self) -> None:
+        """Give the leaves the values of the parameters again, past autograd's bookkeeping.
+
+        To be called after every evaluation: a step that writes into its own weights (a momentum encoder, weight
+        clipping) wrote into the leaves, and into what graphs built from them have saved.
+        """
+        for parameter in self._parameters:
+            leaf = self._leaves[id(parameter)]
+            if leaf.shape == parameter.shape:
+                leaf.data.copy_(parameter.detach())
+            else:
+                leaf.data = self._private(parameter)
+
+    def _open(self) -> None:
+        modules = _all_modules(self.module)
+        for name, module in modules:
+            self._originals.append((name, module, self._remember(vars(module))))
+        inside = {id(module) for _, module in modules}
+        for target in {id(t): t for t, _, _ in self._overrides if id(t) not in inside}.values():
+            self._remember(vars(target))
+        for _, _, original in self._originals:
+            for parameter in original["_parameters"].values():
+                if parameter is not None and id(parameter) not in self._leaves:
+                    self._parameters.append(parameter)
+                    private = self._private(parameter)
+                    self._leaves[id(parameter)] = nn.Parameter(private, requires_grad=parameter.requires_grad)
+        self.renew()
+
+    def _remember(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Note what an object's attributes are, to be put back reference by reference."""
+        original = dict(state)
+
+        def put_back() -> None:
+            state.clear()
+            state.update(original)
+
+        self._undo.append(put_back)
+        return original
+
+    def _close(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._originals.clear()
+        self._parameters.clear()
+        self._leaves.clear()
+
+    def _private(self, tensor: Tensor) -> Tensor:
+        wide = self._dtype is not None and tensor.is_floating_point() and _narrower(tensor.dtype, self._dtype)
+        detached = tensor.detach()
+        return detached.to(self._dtype) if wide else detached.clone()
+
+    def _copy(self, path: str, key: str, value: Any, memo: dict[int, Any]) -> Any:
+        if isinstance(value, _IMMUTABLE):
+            return value
+        if id(value) in memo:
+            return memo[id(value)]
+        if key in _REGISTRIES:
+            return value.copy()
+        if key in _REBUILT or type(value).__module__.startswith("torch._dynamo"):
+            return value
+        if isinstance(value, torch.Generator):
+            memo[id(value)] = private = torch.Generator(value.device)
+            private.set_state(value.get_state())
+            return private
+        if isinstance(value, _DATA):
+            self.shared.add(path)
+            memo[id(value)] = value
+            return value
+        if isinstance(value, _CONTAINERS):
+            _keep_data(value, memo)
+        try:
+            return copy.deepcopy(value, memo)
+        except Exception:
+            self.shared.add(path)
+            return value
+
+    def _copy_tensor(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        """A private tensor. A large one is copied once, and again only when it or its copy was written to."""
+        if tensor.numel() * tensor.element_size() < _LARGE:
+            return _clone(tensor, memo)
+        known = self._clones.get(id(tensor))
+        if known and known[0]() is tensor and known[1] == tensor._version and known[3] == known[2]._version:
+            private = memo[id(tensor)] = known[2]
+            return private
+        private = _clone(tensor, memo)
+        self._clones[id(tensor)] = (weakref.ref(tensor), tensor._version, private, private._version)
+        return private
+
+
+class _PrivateTensors(TorchFunctionMode):
+    """Lets ``deepcopy`` copy any tensor, however deep it lies: one that is attached to a graph is refused otherwise."""
+
+    def __init__(self, copy_tensor: Callable[[Tensor, dict[int, Any]], Tensor] | None = None) -> None:
+        super().__init__()
+        self._copy_tensor = copy_tensor if copy_tensor is not None else _clone
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            return memo[id(tensor)] if id(tensor) in memo else self._copy_tensor(tensor, memo)
+        return func(*args, **(kwargs or {}))
+
+
+def _clone(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    private = memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
+    return private
+
+
+def _keep_data(container: Any, memo: dict[int, Any]) -> None:
+    """Share the data sets, loaders and samplers in a container instead of copying them."""
+    for member in container.values() if isinstance(container, dict) else container:
+        if isinstance(member, _DATA):
+            memo[id(member)] = member
+        elif isinstance(member, _CONTAINERS) and id(member) not in memo:
+            _keep_data(member, memo)
+
+
+def _narrower(have: torch.dtype, want: torch.dtype) -> bool:
+    return torch.finfo(have).bits < torch.finfo(want).bits
+
+
+def _all_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The module, its submodules, and those that hide in plain containers (``self.teachers = [net]``), each once."""
+    found: OrderedDict[int, tuple[str, nn.Module]] = OrderedDict()
+
+    def visit(name: str, module: nn.Module) -> None:
+        for inner, submodule in module.named_modules(prefix=name):
+            if id(submodule) in found:
+                continue
+            found[id(submodule)] = (inner, submodule)
+            for key, value in vars(submodule).items():
+                if isinstance(value, _CONTAINERS) and key not in _REGISTRIES and key not in ("_parameters", "_buffers"):
+                    search(f"{inner}.{key}" if inner else key, value, 0)
+                elif isinstance(value, nn.Module) and id(value) not in found:
+                    visit(f"{inner}.{key}" if inner else key, value)
+
+    def search(name: str, container: Any, depth: int) -> None:
+        if len(container) > 1024:
+            return
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+            if isinstance(value, nn.Module):
+                if id(value) not in found:
+                    visit(f"{name}.{key}", value)
+            elif isinstance(value, _CONTAINERS) and depth < 2:
+                search(f"{name}.{key}", value, depth + 1)
+
+    visit("", root)
+    return list(found.values())
