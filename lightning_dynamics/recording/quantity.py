@@ -1,0 +1,99 @@
+"""What is measured, declared once: charts, texts, records, documentation and tests all read it here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+ErrorKind = Literal["exact", "bound", "standard error", "none"]
+"""Exact up to rounding; a bound on the error; a standard error; or no statement."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One logged number.
+
+    Attributes:
+        key: Name within its family, as in ``hessian/<key>``.
+        symbol: How a paper would write it.
+        unit: Its unit in terms of the loss and the parameters; ``1`` if it has none.
+        definition: What it is, in one or two sentences.
+        source: Where the definition is from.
+        error: What kind of error stands with it in the record.
+        panel: Title of the chart that it is drawn in; quantities of one panel share a chart.
+        on_by_default: Whether it is logged unless asked otherwise.
+    """
+
+    key: str
+    symbol: str
+    unit: str
+    definition: str
+    source: str
+    error: ErrorKind
+    panel: str
+    on_by_default: bool = True
+
+
+@dataclass(frozen=True)
+class QuantityTable:
+    """The quantities of one monitor under the family that their keys begin with.
+
+    Attributes:
+        family: First part of every key, ``hessian`` in ``hessian/top_1``.
+        title: What the family is called in charts and texts.
+        quantities: The quantities, in the order in which they are shown.
+    """
+
+    family: str
+    title: str
+    quantities: tuple[Quantity, ...]
+
+    def keys(self, *, default_only: bool = False) -> list[str]:
+        """Full keys, family included."""
+        return [f"{self.family}/{q.key}" for q in self.quantities if q.on_by_default or not default_only]
+
+    def panels(self) -> dict[str, list[str]]:
+        """Full keys by the title of their chart."""
+        panels: dict[str, list[str]] = {}
+        for quantity in self.quantities:
+            panels.setdefault(quantity.panel, []).append(f"{self.family}/{quantity.key}")
+        return panels
+
+    def describe(self) -> dict[str, dict[str, str]]:
+        """The declarations by full key, as they stand in a record file's header."""
+        return {
+            f"{self.family}/{q.key}": {
+                "symbol": q.symbol,
+                "unit": q.unit,
+                "definition": q.definition,
+                "source": q.source,
+                "error": q.error,
+                "panel": q.panel,
+            }
+            for q in self.quantities
+        }
+
+
+def about_text(tables: Iterable[QuantityTable], facts: Iterable[tuple[str, str]]) -> str:
+    """A Markdown page that explains every key in a run's own terms.
+
+    Args:
+        tables: The tables of the run's monitors.
+        facts: Pairs of a heading and what holds in this run (which threshold rule, which data, …).
+    """
+    lines = ["# lightning_dynamics in this run", ""]
+    lines += [f"- **{name}**: {value}" for name, value in facts]
+    lines += ["", "Set smoothing to 0: it hides the oscillation at the edge and delays every jump.", ""]
+    for table in tables:
+        lines += [
+            f"## {table.title}",
+            "",
+            "| key | symbol | unit | what it is | error | source |",
+            "|---|---|---|---|---|---|",
+        ]
+        for q in table.quantities:
+            cells = (f"`{table.family}/{q.key}`", q.symbol, q.unit, q.definition, q.error, q.source)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)

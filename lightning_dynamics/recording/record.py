@@ -1,0 +1,265 @@
+"""One measurement, and the append-only file of them: JSON lines that any tool can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+STEM = "dynamics"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement of one monitor.
+
+    Attributes:
+        step: x of the curves: batches that stepped, the axis of the user's own curves.
+        monitor: Name of the monitor.
+        scalars: Values by full key; a value that is not finite is None in the file, with its reason in ``notes``.
+        errors: Error of a value by its key, of the kind that its quantity declares.
+        arrays: Lists of numbers (a spectrum, say).
+        notes: Whatever else is needed to read the numbers.
+        global_step: Lightning's ``global_step`` (optimizer steps).
+        epoch: Epoch.
+        time: Seconds since the epoch of Unix.
+        seconds: What the measurement took.
+        final: Whether it was taken on the weights that the fit ended with.
+    """
+
+    step: int
+    monitor: str
+    scalars: Mapping[str, float]
+    errors: Mapping[str, float] = field(default_factory=dict)
+    arrays: Mapping[str, list[float]] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    global_step: int = 0
+    epoch: int = 0
+    time: float = 0.0
+    seconds: float = 0.0
+    final: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        reasons: dict[str, str] = {}
+        line: dict[str, Any] = {
+            "type": "record",
+            "step": self.step,
+            "monitor": self.monitor,
+            "global_step": self.global_step,
+            "epoch": self.epoch,
+            "time": round(self.time, 3),
+            "seconds": round(self.seconds, 6),
+            "scalars": _finite(self.scalars, reasons),
+            "errors": _finite(self.errors, reasons),
+            "arrays": {key: [_number(v) for v in values] for key, values in self.arrays.items()},
+            "notes": dict(self.notes),
+        }
+        if reasons:
+            line["notes"]["not_finite"] = reasons
+        if self.final:
+            line["final"] = True
+        return line
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> Record:
+        reasons = line.get("notes", {}).get("not_finite", {})
+
+        def restore(values: Mapping[str, Any]) -> dict[str, float]:
+            return {k: float(reasons.get(k, "nan")) if v is None else float(v) for k, v in values.items()}
+
+        return cls(
+            step=int(line["step"]),
+            monitor=str(line["monitor"]),
+            scalars=restore(line["scalars"]),
+            errors=restore(line.get("errors", {})),
+            arrays={k: [math.nan if v is None else v for v in vs] for k, vs in line.get("arrays", {}).items()},
+            notes=dict(line.get("notes", {})),
+            global_step=int(line.get("global_step", 0)),
+            epoch=int(line.get("epoch", 0)),
+            time=float(line.get("time", 0.0)),
+            seconds=float(line.get("seconds", 0.0)),
+            final=bool(line.get("final", False)),
+        )
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Where a resumed segment goes on from: the segment, the first step of the new one, the file if it is known."""
+
+    segment: str
+    step: int
+    file: str | None = None
+
+
+class RecordFile:
+    """The record file of one process life: created exclusively, appended to line by line, never truncated.
+
+    Args:
+        directory: The run's directory; the file is ``dynamics.jsonl`` there, or ``dynamics-1.jsonl``, … if that exists.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while True:
+            self.path = folder / (f"{STEM}.jsonl" if number == 0 else f"{STEM}-{number}.jsonl")
+            try:
+                self.path.touch(exist_ok=False)
+                break
+            except FileExistsError:
+                number += 1
+
+    def begin(self, run: str, segment: str, parent: Parent | None, header: Mapping[str, Any]) -> None:
+        """Write the header line of a new segment.
+
+        Args:
+            run: Name of the run, the same over all of its process lives.
+            segment: Name of the segment.
+            parent: What it goes on from.
+            header: Whatever else the line says.
+        """
+        line: dict[str, Any] = {"type": "header", "schema": SCHEMA, "run": run, "segment": segment}
+        if parent is not None:
+            line["parent"] = {"segment": parent.segment, "step": parent.step, "file": self._relative(parent.file)}
+        self._write({**line, **header})
+
+    def append(self, record: Record) -> None:
+        self._write(record.to_json())
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        # opened for each line: on disk at once, and nothing is left open whatever ends the run
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, allow_nan=False, ensure_ascii=False, default=str) + "\n")
+
+    def _relative(self, file: str | None) -> str | None:
+        if file is None:
+            return None
+        try:
+            return Path(os.path.relpath(file, self.path.parent)).as_posix()
+        except ValueError:  # another drive
+            return None
+
+
+@dataclass
+class Segment:
+    """One segment of a run as it stands in a file."""
+
+    header: Mapping[str, Any]
+    file: Path
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return str(self.header["segment"])
+
+    @property
+    def parent(self) -> Parent | None:
+        parent = self.header.get("parent")
+        return None if parent is None else Parent(parent["segment"], int(parent["step"]), parent.get("file"))
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """The records of a run, oldest first, as if it had never been interrupted.
+
+    Segments of a resumed run are joined: of a segment that was continued, what lies at or beyond the first step of the
+    continuation is dropped. Where a directory holds several runs, the one that was begun last is read.
+
+    Args:
+        path: A run's directory, or one of its record files.
+
+    Raises:
+        FileNotFoundError: If there is no record file.
+        ValueError: If a file was written by a newer version of this package.
+    """
+    return join_segments(read_segments(path))
+
+
+def read_segments(path: str | os.PathLike[str]) -> list[Segment]:
+    """All segments in a directory's record files, or in one file, in the order in which they were begun.
+
+    Lines that are damaged (a killed process may leave half a line) are skipped with a warning that gives their number.
+    """
+    place = Path(path)
+    files = sorted(place.glob(f"{STEM}*.jsonl")) if place.is_dir() else [place]
+    if not files or not files[0].exists():
+        raise FileNotFoundError(f"No record file in {place}: expected {STEM}.jsonl.")
+    segments = [segment for file in files for segment in _segments_of(file)]
+    return sorted(segments, key=lambda segment: float(segment.header.get("time", 0.0)))
+
+
+def join_segments(segments: Iterable[Segment]) -> list[Record]:
+    """The newest segment with all that it continues, superseded records dropped."""
+    known = {segment.name: segment for segment in segments}
+    if not known:
+        return []
+    current: Segment | None = list(known.values())[-1]
+    limit = math.inf
+    joined: list[Record] = []
+    visited: set[str] = set()
+    while current is not None and current.name not in visited:
+        visited.add(current.name)
+        joined = [record for record in current.records if record.step < limit] + joined
+        parent = current.parent
+        if parent is None:
+            break
+        limit = min(limit, parent.step)
+        if parent.segment not in known and parent.file is not None:
+            elsewhere = current.file.parent / parent.file
+            if elsewhere.exists():
+                known.update({segment.name: segment for segment in _segments_of(elsewhere)})
+        current = known.get(parent.segment)
+    return joined
+
+
+def new_name() -> str:
+    """A name that no other run or segment has; drawn from the system, not from any generator of the run's."""
+    return uuid.uuid4().hex[:16]
+
+
+def _segments_of(file: Path) -> list[Segment]:
+    segments: list[Segment] = []
+    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            kind = line["type"]
+            if kind == "header":
+                if int(line["schema"]) > SCHEMA:
+                    raise _NewerSchemaError
+                segments.append(Segment(line, file))
+            elif kind == "record" and segments:
+                segments[-1].records.append(Record.from_json(line))
+        except _NewerSchemaError:
+            raise ValueError(
+                f"{file}, line {number}: written with schema {line['schema']}, this version reads up to {SCHEMA}. "
+                "Install a newer lightning_dynamics."
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(f"{file}, line {number} is damaged and was skipped: {error!r}", stacklevel=2)
+    return segments
+
+
+class _NewerSchemaError(Exception):
+    pass
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _finite(values: Mapping[str, float], reasons: dict[str, str]) -> dict[str, float | None]:
+    out: dict[str, float | None] = {}
+    for key, value in values.items():
+        out[key] = _number(value)
+        if out[key] is None:
+            reasons[key] = str(float(value))
+    return out
