@@ -116,9 +116,8 @@ def stability_rule(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.
             if not members:
                 continue
             if terms is None:
-                return _unavailable(
-                    scales, shifts, f"{type(optimizer).__name__} is not an optimizer whose edge is known"
-                )
+                reason = f"{type(optimizer).__name__} is not an optimizer whose edge is known"
+                return _unavailable(scales, shifts, reason, unknown=True)
             if group.get("maximize"):
                 return _unavailable(scales, shifts, "the optimizer maximizes", unknown=True)
             words.append(_describe(type(optimizer).__name__, group))

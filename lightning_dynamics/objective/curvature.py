@@ -5,13 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_dynamics.linalg.krylov import random_vector
 from lightning_dynamics.linalg.operator import SymmetricOperator
-from lightning_dynamics.objective.loss import Linearization, Objective, Part
+from lightning_dynamics.objective.loss import Objective, Part
+from lightning_dynamics.objective.parameters import Layout
+
+
+class Evaluation(Protocol):
+    """A :class:`Linearization`, or what stands for one over several processes."""
+
+    layout: Layout
+    weights: dict[Part, float]
+    reached: bool
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def is_kept(self) -> bool: ...
+
+    def evaluate(self, keep: bool | None = None, reserve: int = 0) -> tuple[float, Tensor]: ...
+
+    def product(self, vector: Tensor, part: Part = "all") -> Tensor: ...
 
 
 class HessianOperator:
@@ -25,13 +51,39 @@ class HessianOperator:
         at: An objective opened at its weights.
         reserve: Bytes that the caller will need besides the gradient graphs.
         keep: Whether to keep the graphs; None lets the objective decide.
+
+    Raises:
+        ValueError: If every batch was skipped, or the loss depends on none of the parameters.
     """
 
-    def __init__(self, at: Linearization, *, reserve: int = 0, keep: bool | None = None) -> None:
+    def __init__(self, at: Evaluation, *, reserve: int = 0, keep: bool | None = None) -> None:
         total, gradient = at.evaluate(keep, reserve)
+        if not at.weights["all"]:
+            raise ValueError("No batch of the probe gave a loss (or all weigh nothing): there is nothing to measure.")
+        if not at.reached:
+            names = at.layout.names
+            raise ValueError(
+                "The loss depends on none of the measured parameters "
+                f"({', '.join(names[:6])}{', …' if len(names) > 6 else ''})."
+            )
         self.loss = total / at.weights["all"]
         self.gradient = gradient.div_(at.weights["all"])
         self._at = at
+
+    @property
+    def layout(self) -> Layout:
+        """How vectors map onto the parameters."""
+        return self._at.layout
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether there are batches with even and with odd numbers, so that :meth:`product` can take either half."""
+        return self._at.weights["even"] > 0 and self._at.weights["odd"] > 0
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether products come from kept gradient graphs."""
+        return self._at.is_kept
 
     @property
     def size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_dynamics.objective.double_backward import twice_differentiable
 from lightning_dynamics.objective.memory import SavedBytes, available_memory
 from lightning_dynamics.objective.parameters import Layout, ParameterFilter, select_parameters
-from lightning_dynamics.objective.sandbox import Sandbox, fork_rng, private_copy, seed_everything
+from lightning_dynamics.objective.sandbox import Clones, Sandbox, fork_rng, private_copy, seed_everything
 
 Part = Literal["all", "even", "odd"]
 """All batches of an objective, or the half of them with even or odd numbers."""
@@ -53,6 +53,8 @@ class Objective:
         keep: Objects that the sandbox does not copy.
         replace: Stand-ins for objects met while copying.
         overrides: Attributes set while the sandbox is open.
+        values: Weights and buffers by name to evaluate at, instead of the module's own.
+        clones: Cache of large private tensors that outlives this objective.
         context: Entered around every evaluation (an autocast context, say).
     """
 
@@ -73,6 +75,8 @@ class Objective:
         keep: Iterable[object] = (),
         replace: Iterable[tuple[object, object]] = (),
         overrides: Iterable[tuple[object, str, Any]] = (),
+        values: Mapping[str, Tensor] | None = None,
+        clones: Clones | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         if not len(batches):
@@ -87,16 +91,25 @@ class Objective:
         self._batches = batches
         self._weights = [float(w) for w in weights] if weights is not None else [batch_length(b) for b in batches]
         self._indices = list(indices) if indices is not None else list(range(len(batches)))
-        for name, values in (("weights", self._weights), ("indices", self._indices)):
-            if len(values) != len(batches):
-                raise ValueError(f"`{name}` must have one entry per batch ({len(batches)}), got {len(values)}.")
+        for name, count in (("weights", len(self._weights)), ("indices", len(self._indices))):
+            if count != len(batches):
+                raise ValueError(f"`{name}` must have one entry per batch ({len(batches)}), got {count}.")
         if not all(w >= 0 for w in self._weights):
             raise ValueError(f"`weights` must not be negative, got {self._weights}.")
         self._where = parameters
         self._dtype = dtype
         self._context = context
         self._bytes: int | None = None
-        self._sandbox = Sandbox(module, dtype=dtype, keep=keep, replace=replace, overrides=overrides, training=training)
+        self._sandbox = Sandbox(
+            module,
+            dtype=dtype,
+            keep=keep,
+            replace=replace,
+            overrides=overrides,
+            training=training,
+            values=values,
+            clones=clones,
+        )
 
     @property
     def shared(self) -> set[str]:
@@ -113,6 +126,10 @@ class Objective:
                     at._gradient(term.loss, graph=True)
             self._bytes = saved.total * len(self._batches) * self.noise_draws
         return self._bytes
+
+    def leaf_of(self, parameter: Tensor) -> Tensor:
+        """The private leaf that stands for a parameter during an evaluation; another tensor stands for itself."""
+        return self._sandbox.leaf_of(parameter)
 
     @contextmanager
     def linearize(self) -> Iterator[Linearization]:
@@ -188,6 +205,7 @@ class Linearization:
     def __init__(self, objective: Objective, leaves: dict[str, Tensor]) -> None:
         self.layout = Layout.of(leaves)
         self.weights: dict[Part, float] = {"all": 0.0, "even": 0.0, "odd": 0.0}
+        self.reached = False
         self._objective = objective
         self._leaves = list(leaves.values())
         self._graphs: list[_Graph] | None = None
@@ -217,9 +235,6 @@ class Linearization:
             keep: Whether to keep the graphs for :meth:`product`; None decides by the objective's engine and the free
                 memory.
             reserve: Bytes that must stay free besides the graphs (the solver's vectors).
-
-        Raises:
-            ValueError: If every batch was skipped, or the loss depends on none of the parameters.
         """
         keep = self.graphs_fit(reserve) if keep is None else keep
         total, gradient, reached = 0.0, self._zeros(), False
@@ -234,15 +249,7 @@ class Linearization:
             gradient.add_(self.layout.flatten(parts, gradient), alpha=term.weight)
             if keep:
                 graphs.append(_Graph(term.index, term.weight, parts))
-        if not any(weights.values()) and not reached:
-            raise ValueError("The step returned no loss for any batch of the probe: there is nothing to measure.")
-        if not reached:
-            names = self.layout.names
-            raise ValueError(
-                "The loss depends on none of the measured parameters "
-                f"({', '.join(names[:6])}{', …' if len(names) > 6 else ''})."
-            )
-        self.weights = weights
+        self.weights, self.reached = weights, reached
         self._graphs = graphs if keep else None
         return total, gradient
 
@@ -307,28 +314,27 @@ def stream_seed(*parts: int) -> int:
 
 def batch_length(batch: Any) -> float:
     """Number of samples in a batch: the length of the first tensor found in it, 1 if there is none."""
-    if isinstance(batch, Tensor):
-        return float(batch.shape[0]) if batch.dim() else 1.0
-    members: Iterable[Any] = ()
-    if isinstance(batch, dict):
-        members = batch.values()
-    elif isinstance(batch, (list, tuple)):
-        members = batch
-    elif hasattr(batch, "__dict__"):
-        members = vars(batch).values()
-    for member in members:
-        if isinstance(member, (Tensor, dict, list, tuple)) and (length := _length_or_none(member)) is not None:
-            return length
-    return 1.0
+    return next((float(len(tensor)) for tensor in _tensors_in(batch) if tensor.dim()), 1.0)
 
 
-def _length_or_none(member: Any) -> float | None:
-    if isinstance(member, Tensor):
-        return float(member.shape[0]) if member.dim() else None
-    for inner in member.values() if isinstance(member, dict) else member:
-        if isinstance(inner, (Tensor, dict, list, tuple)) and (length := _length_or_none(inner)) is not None:
-            return length
-    return None
+def tensor_bytes(batch: Any) -> int:
+    """Bytes of the tensors in a batch."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(batch))
+
+
+def _tensors_in(thing: Any, depth: int = 0) -> Iterator[Tensor]:
+    """Tensors in the usual containers and, one level deep, in the attributes of other objects."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, Mapping):
+        for member in thing.values():
+            yield from _tensors_in(member, depth)
+    elif isinstance(thing, (list, tuple)):
+        for member in thing:
+            yield from _tensors_in(member, depth)
+    elif hasattr(thing, "__dict__") and depth == 0:
+        for member in vars(thing).values():
+            yield from _tensors_in(member, depth + 1)
 
 
 @contextmanager

@@ -63,6 +63,9 @@ _DATA = (Dataset, DataLoader, Sampler)
 _CONTAINERS = (list, tuple, dict, deque)
 _LARGE = 1 << 20  # bytes from which a tensor attribute is copied once and not at every evaluation
 
+Clones = dict[int, tuple["weakref.ref[Tensor]", int, Tensor, int]]
+"""Private copies of large tensors: the original and its version, the copy and its version."""
+
 
 @contextmanager
 def fork_rng() -> Iterator[None]:
@@ -143,6 +146,8 @@ class Sandbox:
         replace: Pairs of an object and what stands for it inside (an optimizer and its stand-in).
         overrides: Attributes to set while the sandbox is open, as triples of object, name and value.
         training: Training flag for all submodules; None keeps each one's own.
+        values: Values for parameters and buffers by name, instead of those that they have (weights saved earlier).
+        clones: Private copies of large tensors, shared between sandboxes of one module.
     """
 
     def __init__(
@@ -154,6 +159,8 @@ class Sandbox:
         replace: Iterable[tuple[object, object]] = (),
         overrides: Iterable[tuple[object, str, Any]] = (),
         training: bool | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        clones: Clones | None = None,
     ) -> None:
         self.module = module
         self.shared: set[str] = set()
@@ -166,7 +173,9 @@ class Sandbox:
         self._originals: list[tuple[str, nn.Module, dict[str, Any]]] = []
         self._parameters: list[nn.Parameter] = []
         self._leaves: dict[int, Tensor] = {}
-        self._clones: dict[int, tuple[weakref.ref[Tensor], int, Tensor, int]] = {}
+        self._clones: Clones = {} if clones is None else clones
+        self._named_values = values
+        self._values: dict[int, Tensor] = {}
 
     def __enter__(self) -> Sandbox:
         try:
@@ -182,6 +191,10 @@ class Sandbox:
     def leaves(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """The private leaf that stands for each of these parameters while the sandbox is open."""
         return {name: self._leaves[id(parameter)] for name, parameter in parameters.items()}
+
+    def leaf_of(self, parameter: Tensor) -> Tensor:
+        """The private leaf of one parameter; a tensor that is none of the module's parameters stands for itself."""
+        return self._leaves.get(id(parameter), parameter)
 
     def renew(self) -> None:
         """Throw the private state away and copy the originals anew; leaves keep their identity and values."""
@@ -217,12 +230,15 @@ class Sandbox:
         for parameter in self._parameters:
             leaf = self._leaves[id(parameter)]
             if leaf.shape == parameter.shape:
-                leaf.data.copy_(parameter.detach())
+                leaf.data.copy_(self._value(parameter))
             else:
                 leaf.data = self._private(parameter)
 
     def _open(self) -> None:
         modules = _all_modules(self.module)
+        if self._named_values is not None:
+            named = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+            self._values = {id(named[name]): value for name, value in self._named_values.items() if name in named}
         for name, module in modules:
             self._originals.append((name, module, self._remember(vars(module))))
         inside = {id(module) for _, module in modules}
@@ -253,11 +269,15 @@ class Sandbox:
         self._originals.clear()
         self._parameters.clear()
         self._leaves.clear()
+        self._values.clear()
 
     def _private(self, tensor: Tensor) -> Tensor:
-        wide = self._dtype is not None and tensor.is_floating_point() and _narrower(tensor.dtype, self._dtype)
-        detached = tensor.detach()
-        return detached.to(self._dtype) if wide else detached.clone()
+        value = self._value(tensor)
+        wide = self._dtype is not None and value.is_floating_point() and _narrower(value.dtype, self._dtype)
+        return value.to(self._dtype) if wide else value.clone()
+
+    def _value(self, tensor: Tensor) -> Tensor:
+        return self._values.get(id(tensor), tensor).detach().to(tensor.device)
 
     def _copy(self, path: str, key: str, value: Any, memo: dict[int, Any]) -> Any:
         if isinstance(value, _IMMUTABLE):

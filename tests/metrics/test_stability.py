@@ -243,6 +243,7 @@ def test_where_there_is_no_ratio_the_reason_is_given(optimizers, reason):
     assert reason in rule.unavailable
     assert reason in rule.description
     assert rule.threshold is None
+    assert rule.is_unknown == any(word in reason for word in ("known", "maximizes", "two optimizers"))
 
 
 @pytest.mark.skipif("decoupled_weight_decay" not in Adam.__init__.__code__.co_varnames, reason="newer torch")
