@@ -170,7 +170,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """The records of a run, oldest first, as if it had never been interrupted.
 
     Segments of a resumed run are joined: of a segment that was continued, what lies at or beyond the first step of the
-    continuation is dropped. Where a directory holds several runs, the one that was begun last is read.
+    continuation is dropped, and what the continuation measured too. Where a directory holds several runs, the one that
+    was begun last is read.
 
     Args:
         path: A run's directory, or one of its record files.
@@ -206,7 +207,9 @@ def join_segments(segments: Iterable[Segment]) -> list[Record]:
     visited: set[str] = set()
     while current is not None and current.name not in visited:
         visited.add(current.name)
-        joined = [record for record in current.records if record.step < limit] + joined
+        newer = {(record.monitor, record.step) for record in joined}
+        older = [r for r in current.records if r.step < limit and (r.monitor, r.step) not in newer]
+        joined = older + joined
         parent = current.parent
         if parent is None:
             break

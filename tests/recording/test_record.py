@@ -101,6 +101,13 @@ def test_what_an_interrupted_run_recorded_beyond_the_resume_does_not_count(tmp_p
     assert header["parent"]["file"] == "../a/dynamics.jsonl"
 
 
+def test_a_pair_that_both_lives_finished_counts_once(tmp_path):
+    """The first half was in the checkpoint; the interrupted run wrote the pair after it, the resumed one again."""
+    first = write(tmp_path, [0, 5, 10])
+    write(tmp_path, [5, 10], segment="s1", parent=Parent("s0", 6, str(first.path)), time=1.0, value=2.0)
+    assert steps_and_values(tmp_path) == [(0, 1.0), (5, 2.0), (10, 2.0)]
+
+
 def test_a_parent_that_is_gone_leaves_what_there_is(tmp_path):
     write(tmp_path, [20], segment="s1", parent=Parent("s0", 20, str(tmp_path / "gone" / "dynamics.jsonl")))
     assert steps_and_values(tmp_path) == [(20, 1.0)]
