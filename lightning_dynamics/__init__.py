@@ -1,3 +1,32 @@
 """See how training moves: monitors for a Lightning Trainer that leave the run as it was, bit for bit."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_dynamics.callbacks import HessianMonitor, Probe
+    from lightning_dynamics.recording import Record, read_records
+
 __version__ = "0.1.0.dev0"
+
+# loaded on first use, so that `linalg`, `objective` and `metrics` work where Lightning is not
+_PUBLIC = {
+    "HessianMonitor": "lightning_dynamics.callbacks",
+    "Probe": "lightning_dynamics.callbacks",
+    "Record": "lightning_dynamics.recording",
+    "read_records": "lightning_dynamics.recording",
+}
+
+__all__ = ["HessianMonitor", "Probe", "Record", "read_records"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,84 @@
+"""Every private name of Lightning that this package uses, in one place; a test imports and exercises them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+__all__ = [
+    "DummyLogger",
+    "batch_number",
+    "callbacks",
+    "curve_step",
+    "expose_metrics",
+    "is_param_in_hook_signature",
+    "is_trial",
+    "optimizer_lists",
+    "ready_batch",
+    "scheduler_configs_with",
+    "training_loaders",
+]
+
+LOGGERS = "_loggers"
+"""Attribute of the Trainer that holds its loggers."""
+
+CURRENT_HOOK = "_current_fx_name"
+"""Attribute of a LightningModule that names the hook it is in."""
+
+
+def curve_step(trainer: Trainer) -> int:
+    """The x of the user's own curves: batches that stepped, whatever the number of optimizers."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def batch_number(trainer: Trainer) -> int:
+    """Number of the running batch within its epoch."""
+    return int(trainer.fit_loop.epoch_loop.batch_idx)
+
+
+def callbacks(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks, in their order."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Whether this is a ``fast_dev_run``, which writes nothing."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """The training loaders as Lightning iterates them, flattened."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def optimizer_lists(trainer: Trainer) -> tuple[list[Any], list[Any]]:
+    """The strategy's optimizers and their Lightning wrappers, in the same order."""
+    strategy = trainer.strategy
+    return list(strategy.optimizers), list(strategy._lightning_optimizers)
+
+
+def scheduler_configs_with(trainer: Trainer, stand_in: Any) -> list[Any]:
+    """Copies of the scheduler configurations with ``stand_in(scheduler)`` for each scheduler."""
+    return [replace(config, scheduler=stand_in(config.scheduler)) for config in trainer.strategy.lr_scheduler_configs]
+
+
+def expose_metrics(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Make values visible to ``EarlyStopping`` and ``ModelCheckpoint`` without logging them."""
+    metrics = trainer._logger_connector._callback_metrics
+    metrics.update({key: torch.tensor(value) for key, value in values.items()})
+
+
+def ready_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """Do to a batch from a loader what Lightning does before its training hooks: convert, transfer, augment."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -1,0 +1,7 @@
+"""When to measure and what to name it: the monitors, and what they share."""
+
+from lightning_dynamics.callbacks.base import DynamicsMonitor
+from lightning_dynamics.callbacks.hessian import HessianMonitor
+from lightning_dynamics.callbacks.probe import Probe
+
+__all__ = ["DynamicsMonitor", "HessianMonitor", "Probe"]

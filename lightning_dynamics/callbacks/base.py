@@ -1,0 +1,197 @@
+"""What every monitor is: a cadence, an objective, a table of quantities, and one pure function."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_dynamics.callbacks.cadence import Cadence
+from lightning_dynamics.callbacks.lightning_objective import ObjectiveOptions
+from lightning_dynamics.callbacks.measured import Measured, Point
+from lightning_dynamics.callbacks.probe import ProbeData
+from lightning_dynamics.metrics import StabilityRule
+from lightning_dynamics.recording.quantity import QuantityTable
+from lightning_dynamics.recording.record import Record, new_name, read_records
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class DynamicsMonitor(Callback):
+    """A callback that measures how training moves and leaves training as it was.
+
+    A subclass gives a table of quantities and :meth:`measure`, a function of a :class:`Point`; when to call it, on
+    which data, on which ranks, and what becomes of the numbers is the session's business, which all monitors of a
+    Trainer share.
+
+    Args:
+        cadence: When to measure.
+        options: What to measure it on.
+        pair: Whether to measure two consecutive steps each time and log their mean.
+        monitor: Whether ``EarlyStopping`` and ``ModelCheckpoint`` may monitor the logged keys.
+        name: Tells apart two monitors of a kind; it becomes part of the keys.
+    """
+
+    def __init__(
+        self, cadence: Cadence, options: ObjectiveOptions, *, pair: bool, monitor: bool, name: str | None
+    ) -> None:
+        if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
+            raise MisconfigurationException(
+                f"`name` must be made of letters, digits, '_' and '-', since it becomes part of the keys; got {name!r}."
+            )
+        self.cadence = cadence
+        self.options = options
+        self.pair = pair
+        self.monitor = monitor
+        self.name = name
+        self._session: Any = None
+        self._restored: dict[str, Any] | None = None
+        self._home = os.getpid()
+        self._token = new_name()
+
+    @property
+    def label(self) -> str:
+        """What the monitor is called in records and messages."""
+        kind = type(self).__name__
+        return kind if self.name is None else f"{kind}[{self.name}]"
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key if self.name is None else f"{super().state_key}[{self.name}]"
+
+    @property
+    @abstractmethod
+    def table(self) -> QuantityTable:
+        """The quantities, under the family that this monitor's keys begin with."""
+
+    @property
+    @abstractmethod
+    def products_per_point(self) -> float:
+        """Hessian products that one point of a steady run costs, for the default cadence."""
+
+    @abstractmethod
+    def measure(self, point: Point) -> Measured:
+        """Measure at a point. Runs on rank zero; whatever it asks of the objective is computed by all ranks."""
+
+    def combine(self, first: Measured, second: Measured) -> Measured:
+        """Make one measurement out of those at two consecutive steps; by default the mean of each value."""
+        return Measured(
+            scalars=_mean(first.scalars, second.scalars),
+            errors=_mean(first.errors, second.errors),
+            arrays=first.arrays,
+            notes=first.notes,
+        )
+
+    def check(self, size: int) -> None:
+        """Refuse options that do not fit an objective in ``size`` parameters; called before the first step."""
+
+    def describe(self) -> dict[str, Any]:
+        """The monitor's own options, for the record file's header."""
+        return {}
+
+    def introduce(self, rule: StabilityRule, data: ProbeData, every: int | None) -> dict[str, Any]:
+        """What the record file's header says of this monitor.
+
+        Args:
+            rule: The optimizers' edge of stability at the first step.
+            data: The probe.
+            every: The default cadence, where it applies.
+        """
+        return {
+            "family": self.table.family,
+            "cadence": f"every {every} steps (default)" if self.cadence.is_open else str(self.cadence),
+            "pair": self.pair,
+            "threshold_rule": rule.description,
+            "probe": data.describe(),
+            "mode": self.options.mode,
+            "precision": self.options.precision,
+            "noise_draws": self.options.noise_draws,
+            "parameters": None if self.options.parameters is None else str(self.options.parameters),
+            **self.describe(),
+        }
+
+    def logged(self, measured: Measured) -> dict[str, float]:
+        """The values that go to the loggers: those on by default. All of them stand in the record."""
+        default = set(self.table.keys(default_only=True))
+        return {key: value for key, value in measured.scalars.items() if key in default}
+
+    @property
+    def history(self) -> list[Record]:
+        """All measurements so far, those before a resume included, oldest first."""
+        if self._session is not None:
+            records: list[Record] = self._session.records
+        else:
+            pointer = self._pointer()
+            if not pointer.exists():
+                return []
+            records = read_records(pointer.read_text(encoding="utf-8"))
+        return [record for record in records if record.monitor == self.label]
+
+    # The hooks: each hands over to the session, which acts once for all monitors.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restored = None
+        if stage == "fit":
+            from lightning_dynamics.callbacks.session import Session
+
+            self._session = Session.of(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._leads(trainer):
+            self._session.start(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._leads(trainer):
+            self._session.batch_starts(trainer, pl_module, batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._leads(trainer):
+            self._session.batch_ends(trainer, pl_module, batch)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._leads(trainer):
+            self._session.optimizer_steps(trainer, optimizer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._leads(trainer):
+            self._session.end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._leads(trainer):
+            self._session.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._leads(trainer):
+            self._session.close()
+        if self._session is not None and os.getpid() != self._home and self._session.path is not None:
+            self._pointer().write_text(str(self._session.path), encoding="utf-8")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._session is None else self._session.state_of(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # `Trainer.test` and the Tuner call this too: what is loaded here counts only when a fit starts
+        self._restored = state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_session": None}
+
+    def _leads(self, trainer: Trainer) -> bool:
+        return self._session is not None and self._session.is_led_by(trainer, self)
+
+    def _pointer(self) -> Path:
+        """Where a process that was spawned for the fit leaves the record file's place."""
+        return Path(tempfile.gettempdir()) / f"lightning_dynamics-{self._token}"
+
+
+def _mean(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+    return {key: (value + second[key]) / 2 if key in second else value for key, value in first.items()}

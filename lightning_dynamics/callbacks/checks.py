@@ -1,0 +1,102 @@
+"""What is checked and decided before the first step, and what is read off a Trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch.optim import Optimizer
+
+from lightning_dynamics import _compat
+from lightning_dynamics.callbacks.base import DynamicsMonitor
+from lightning_dynamics.callbacks.probe import ProbeData
+from lightning_dynamics.objective import HessianOperator, symmetry_defect
+
+_PRODUCT = 2.3  # gradients per Hessian product, for the default cadence
+_SYMMETRIC = {torch.float64: 1e-6, torch.float32: 1e-3}  # defects that rounding explains
+_SYMMETRIC_NARROW = 0.1  # under autocast
+
+
+def default_cadence(trainer: Trainer, monitor: DynamicsMonitor, data: ProbeData, budget: float) -> int:
+    """Steps between points at which they cost ``budget`` of training, rounded up to 1, 2, 5, 10 and on.
+
+    A step costs one gradient on a batch, a point ``products_per_point`` products of 2.3 gradients each on the probe.
+    """
+    batches = len(data.items) + data.wanted
+    per_batch = trainer.accumulate_grad_batches
+    products = monitor.products_per_point * (2 if monitor.pair else 1) * monitor.options.noise_draws
+    least = products * _PRODUCT * max(1, batches) / per_batch / budget
+    power = 10 ** math.floor(math.log10(least)) if least >= 1 else 1
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= least)
+
+
+def preflight(monitors: Sequence[DynamicsMonitor], narrow: bool, hessian: HessianOperator) -> None:
+    """Loss, gradient, two products, the symmetry test; and the monitors' own conditions."""
+    for monitor in monitors:
+        monitor.check(hessian.size)
+    if not math.isfinite(hessian.loss) or not bool(hessian.gradient.isfinite().all()):
+        raise FloatingPointError(f"the loss on the first probe batch is {hessian.loss}, or its gradient is not finite")
+    defect = symmetry_defect(hessian, torch.Generator().manual_seed(0))
+    allowed = _SYMMETRIC_NARROW if narrow else _SYMMETRIC[hessian.dtype]
+    if not math.isfinite(defect):
+        raise FloatingPointError("a Hessian product on the first probe batch is not finite")
+    if defect > allowed:
+        raise ValueError(
+            f"the second derivative that PyTorch computes is not symmetric (defect {defect:.2g}, rounding explains "
+            f"{allowed:.0e}). Either the loss is not the same function at every evaluation, or an operation of the "
+            "step has a wrong double backward (weight_norm has, as of torch 2.13)."
+        )
+
+
+def check_strategy(trainer: Trainer) -> None:
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        raise MisconfigurationException(
+            f"{type(trainer.strategy).__name__} shards the weights, and PyTorch has no second derivatives there. "
+            "Monitors run on a single device and with DDP."
+        )
+
+
+def check_families(monitors: Sequence[DynamicsMonitor]) -> None:
+    families = [monitor.table.family for monitor in monitors]
+    for family in families:
+        if families.count(family) > 1:
+            raise MisconfigurationException(
+                f"{families.count(family)} monitors log under '{family}/'. Give all but one of them a `name=`."
+            )
+
+
+def takes_iterator(module: LightningModule) -> bool:
+    return bool(_compat.is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True))
+
+
+def clip_factor(trainer: Trainer, optimizer: Optimizer) -> float | None:
+    """What the Trainer's clipping is about to multiply the gradient by; None where it does not clip."""
+    limit = trainer.gradient_clip_val
+    if not limit:
+        return None
+    gradients = [p.grad.detach() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return None
+    if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+        inside = torch.stack([torch.linalg.vector_norm(g.clamp(-limit, limit)) for g in gradients])
+        whole = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
+        factor = torch.linalg.vector_norm(inside) / torch.linalg.vector_norm(whole).clamp(min=1e-30)
+    else:
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+        factor = limit / (norm + 1e-6)
+    return min(1.0, float(factor))
+
+
+def averaged_by(trainer: Trainer) -> str | None:
+    """Name of a callback that swaps averaged weights in at the end of training, before the monitors see them."""
+    for callback in _compat.callbacks(trainer):
+        if isinstance(callback, DynamicsMonitor):
+            return None
+        if "Averaging" in type(callback).__name__:
+            return f"averaged by {type(callback).__name__}"
+    return None

@@ -1,0 +1,230 @@
+"""Where a session's numbers go: the record file, the loggers, the history; and how they survive a resume."""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+import lightning_dynamics
+from lightning_dynamics import _compat
+from lightning_dynamics.callbacks.ranks import Ranks
+from lightning_dynamics.recording.quantity import QuantityTable, about_text
+from lightning_dynamics.recording.record import (
+    Parent,
+    Record,
+    RecordFile,
+    join_segments,
+    new_name,
+    read_segments,
+)
+from lightning_dynamics.recording.writer import LoggerWriter
+
+_SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+
+
+class Journal:
+    """The records of one run, over all of its process lives. On every rank; only rank zero has a file and loggers.
+
+    Attributes:
+        records: All records, those before a resume included, superseded ones dropped.
+        path: The record file, None where nothing is written.
+        failures: Writes that failed, to the file and to loggers.
+    """
+
+    def __init__(self, run: str, directory: Path | None, loggers: Sequence[Any]) -> None:
+        self.records: list[Record] = []
+        self._run = run
+        self._directory = directory
+        self._file: RecordFile | None = None
+        self._segment: str | None = None
+        self._parent: tuple[str, str | None] | None = None
+        self._writer = LoggerWriter(loggers, self._logger_failed)
+        self._warned = False
+        self.failures = 0
+
+    @classmethod
+    def open(
+        cls, trainer: Trainer, ranks: Ranks, previous: Journal | None, lineage: Mapping[str, Any] | None
+    ) -> Journal:
+        """The journal of the fit that is about to start: a new run, or one that goes on.
+
+        Args:
+            trainer: The Trainer.
+            ranks: The ranks.
+            previous: The journal of this Trainer's last fit in this process.
+            lineage: What a checkpoint says of the run that it is from.
+        """
+        run = ranks.share(lineage["run"] if lineage else previous._run if previous else new_name())
+        writes = ranks.leads and not _compat.is_trial(trainer)
+        directory = _run_directory(trainer, run) if writes else None
+        journal = cls(run, directory, trainer.loggers if writes else [])
+        if previous is not None and previous._run == run:
+            journal._file = previous._file
+            journal.records = previous.records
+            if previous._segment is not None:
+                journal._parent = (previous._segment, previous.path)
+        if lineage:
+            journal._parent = (lineage["segment"], lineage["file"])
+            if previous is None or previous._segment != lineage["segment"]:
+                journal.records = _records_of(lineage)
+        return journal
+
+    @property
+    def path(self) -> str | None:
+        return None if self._file is None else str(self._file.path)
+
+    @property
+    def directory(self) -> Path | None:
+        """The run's directory, on rank zero; None where nothing is written."""
+        return self._directory
+
+    def begin(
+        self,
+        step: int,
+        header: Mapping[str, Any],
+        tables: Sequence[QuantityTable],
+    ) -> None:
+        """Begin a segment at its first step: what an interrupted one had recorded from there on does not count.
+
+        Args:
+            step: First step.
+            header: What the header line says besides its names.
+            tables: The monitors' tables.
+        """
+        self.records = [record for record in self.records if record.step < step]
+        self._segment = new_name()
+        if self._directory is None:
+            return
+        if self._file is None:
+            self._try_to(self._open)
+        parent = None if self._parent is None else Parent(self._parent[0], step, self._parent[1])
+        quantities: dict[str, Any] = {}
+        for table in tables:
+            quantities.update(table.describe())
+        if self._file is not None:
+            line = {**header, "quantities": quantities}
+            self._try_to(partial(self._file.begin, self._run, self._segment, parent, line))
+        self._writer.begin(tables, about_text(tables, _facts(header)))
+
+    def write(self, records: Iterable[Record], logged: Mapping[str, float], step: int) -> None:
+        """Keep records of one step, and log values at it in one call."""
+        for record in records:
+            # a resumed run may finish a pair that the interrupted one finished after its checkpoint
+            self.records = [r for r in self.records if r.step != record.step or r.monitor != record.monitor]
+            self.records.append(record)
+            if self._file is not None:
+                self._try_to(partial(self._file.append, record))
+        self._writer.write(logged, step)
+
+    def lineage(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on with this run."""
+        return {"run": self._run, "segment": self._segment, "file": self.path}
+
+    def _open(self) -> None:
+        assert self._directory is not None
+        self._file = RecordFile(self._directory)
+
+    def _try_to(self, write: Callable[[], None]) -> None:
+        """A disk that is full costs lines of the record file, not the run."""
+        try:
+            write()
+        except OSError as error:
+            self.failures += 1
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"The record file of lightning_dynamics misses lines: {error}.", stacklevel=2)
+
+    def _logger_failed(self) -> None:
+        self.failures += 1
+
+
+def header_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """What a record file should say of the run that it belongs to."""
+    return {
+        "time": round(time.time(), 3),
+        "versions": {
+            "lightning_dynamics": lightning_dynamics.__version__,
+            "lightning": lightning.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        "module": type(module).__name__,
+        "hyperparameters": _plain(dict(module.hparams)),
+        "trainer": {
+            "max_epochs": trainer.max_epochs,
+            "max_steps": trainer.max_steps,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm) if trainer.gradient_clip_val else None,
+            "precision": str(trainer.precision),
+            "strategy": type(trainer.strategy).__name__,
+            "world_size": trainer.world_size,
+            "batches_per_epoch": trainer.num_training_batches if trainer.num_training_batches < 1e300 else None,
+        },
+    }
+
+
+def _facts(header: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a reader of the curves should know of this run first."""
+    for label, monitor in header["monitors"].items():
+        probe = monitor["probe"]
+        share = "" if probe["fraction"] is None else f" of {probe['N']} ({100 * probe['fraction']:.3g} %)"
+        yield f"{label}, data", f"{probe['kind']}" + (f", {probe['n']} samples{share}" if probe["n"] else "")
+        yield f"{label}, threshold", monitor["threshold_rule"]
+        yield f"{label}, cadence", monitor["cadence"]
+    yield "versions", ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+
+
+def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Hyper-parameters that are numbers, strings or containers of them, without anything that looks like a secret."""
+    plain: dict[str, Any] = {}
+    for key, value in values.items():
+        if _SECRET.search(str(key)):
+            continue
+        if isinstance(value, Mapping):
+            plain[str(key)] = _plain(value)
+        elif isinstance(value, (list, tuple)):
+            plain[str(key)] = [v for v in value if isinstance(v, (bool, int, str)) or _is_finite(v)]
+        elif value is None or isinstance(value, (bool, int, str)) or _is_finite(value):
+            plain[str(key)] = value
+    return plain
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and value == value and abs(value) < float("inf")
+
+
+def _run_directory(trainer: Trainer, run: str) -> Path:
+    """A directory of this run's own, beside what its first logger writes."""
+    root = Path(trainer.default_root_dir)
+    if not trainer.loggers:
+        return root / "dynamics_runs" / run
+    logger = trainer.loggers[0]
+    own = getattr(logger, "log_dir", None)
+    if own:
+        return Path(own)
+    version = logger.version if logger.version is not None else run
+    name = version if isinstance(version, str) else f"version_{version}"
+    return Path(logger.save_dir or root) / str(logger.name or "lightning_dynamics") / name
+
+
+def _records_of(lineage: Mapping[str, Any]) -> list[Record]:
+    """The records of the interrupted run, if its file is still where it was."""
+    file = lineage["file"]
+    if file is None or not Path(file).exists():
+        return []
+    segments = read_segments(file)
+    names = [segment.name for segment in segments]
+    if lineage["segment"] not in names:
+        return []
+    return join_segments(segments[: names.index(lineage["segment"]) + 1])

@@ -1,0 +1,150 @@
+"""From results to records: pairs are joined, failures counted, cost kept. The same on every rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from lightning_dynamics.callbacks.base import DynamicsMonitor
+from lightning_dynamics.callbacks.journal import Journal
+from lightning_dynamics.callbacks.measured import Clipping, Measured, Role, When
+from lightning_dynamics.callbacks.measuring import Failure
+from lightning_dynamics.callbacks.monitor_state import MonitorState
+from lightning_dynamics.callbacks.notices import Notices
+from lightning_dynamics.recording.quantity import Quantity, QuantityTable
+from lightning_dynamics.recording.record import Record
+
+COST = QuantityTable(
+    "dynamics",
+    "Cost of the monitors",
+    (
+        Quantity(
+            "overhead",
+            "",
+            "1",
+            "Share of the fit's wall-clock time so far that measurements took.",
+            "own",
+            "exact",
+            "Overhead",
+        ),
+        Quantity(
+            "skipped",
+            "",
+            "points",
+            "Points that could not be measured or logged (out of memory, numbers that are not finite, a failed rank).",
+            "own",
+            "exact",
+            "Skipped points",
+        ),
+    ),
+)
+
+
+class Ledger:
+    """What the monitors of a session have measured and not yet written, and what it cost.
+
+    Args:
+        notices: How to warn.
+        expose: Makes a monitor's logged values visible to other callbacks.
+    """
+
+    def __init__(self, notices: Notices, expose: Callable[[DynamicsMonitor, dict[str, float]], None]) -> None:
+        self.states: dict[str, MonitorState] = {}
+        self.skipped = 0
+        self._notices = notices
+        self._expose = expose
+        self._started = time.monotonic()
+        self._before = 0.0
+        self._unwritten: list[tuple[Record, dict[str, float]]] = []
+
+    def begin(self) -> None:
+        """A fit starts: the clock goes on from what was spent before."""
+        self._started = time.monotonic()
+        self._before = self._spent()
+
+    def take(
+        self, monitor: DynamicsMonitor, when: When, role: Role, result: Measured | Failure, seconds: float
+    ) -> None:
+        """Enter the result of one measurement.
+
+        Args:
+            monitor: Whose it is.
+            when: When it was taken.
+            role: Whether it is due by itself, or the second half of a pair, or both.
+            result: The result.
+            seconds: What it took.
+        """
+        state = self.states[monitor.label]
+        state.seconds += seconds
+        state.count += 1
+        state.clipping = Clipping()
+        if isinstance(result, Failure):
+            self.skip(monitor, result)
+            self.settle(monitor)
+            return
+        if role.second and state.pending is not None:
+            first_when, first, spent = state.pending
+            state.pending = None
+            self._enter(monitor, first_when, monitor.combine(first, result), spent + seconds)
+        self.settle(monitor)
+        if not role.first:
+            return
+        if monitor.pair and not when.final:
+            state.pending = (when, result, 0.0 if role.second else seconds)
+        else:
+            self._enter(monitor, when, result, seconds)
+
+    def settle(self, monitor: DynamicsMonitor) -> None:
+        """Let a first half stand alone whose second half does not come."""
+        state = self.states[monitor.label]
+        if state.pending is not None:
+            when, measured, seconds = state.pending
+            state.pending = None
+            self._enter(monitor, when, measured, seconds)
+
+    def skip(self, monitor: DynamicsMonitor, failure: Failure) -> None:
+        """Weather: it costs this point, and one warning per reason."""
+        self.skipped += 1
+        self._notices.warn(
+            failure.reason.split("(")[0], f"{monitor.label} skips a point: {failure.reason}. Training goes on."
+        )
+
+    def flush(self, journal: Journal) -> None:
+        """Write what has come together, one call per logger and step."""
+        by_step: dict[int, list[tuple[Record, dict[str, float]]]] = {}
+        for record, logged in self._unwritten:
+            by_step.setdefault(record.step, []).append((record, logged))
+        self._unwritten.clear()
+        elapsed = time.monotonic() - self._started + self._before
+        cost = {
+            "dynamics/overhead": self._spent() / max(elapsed, 1e-9),
+            "dynamics/skipped": float(self.skipped + journal.failures),
+        }
+        for step, entries in sorted(by_step.items()):
+            together = {key: value for _, logged in entries for key, value in logged.items()}
+            journal.write([record for record, _ in entries], {**together, **cost}, step)
+
+    def _enter(self, monitor: DynamicsMonitor, when: When, measured: Measured, seconds: float) -> None:
+        notes = measured.notes if when.weights is None else {**measured.notes, "weights": when.weights}
+        logged = monitor.logged(measured)
+        exposed = {key: float(value) for key, value in logged.items() if math.isfinite(value)}
+        self.states[monitor.label].exposed = exposed
+        self._expose(monitor, exposed)
+        record = Record(
+            step=when.step,
+            monitor=monitor.label,
+            scalars=measured.scalars,
+            errors=measured.errors,
+            arrays=measured.arrays,
+            notes=notes,
+            global_step=when.global_step,
+            epoch=when.epoch,
+            time=time.time(),
+            seconds=seconds,
+            final=when.final,
+        )
+        self._unwritten.append((record, logged))
+
+    def _spent(self) -> float:
+        return sum(state.seconds for state in self.states.values())

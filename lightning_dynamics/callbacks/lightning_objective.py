@@ -1,0 +1,251 @@
+"""The loss that a LightningModule is trained on, as an objective: its own ``training_step``, muted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor, nn
+
+from lightning_dynamics import _compat
+from lightning_dynamics.callbacks.cadence import check_positive_integer
+from lightning_dynamics.callbacks.map_style import ProbeItem
+from lightning_dynamics.callbacks.probe import Probe
+from lightning_dynamics.callbacks.stand_ins import NullOptimizer, NullScheduler
+from lightning_dynamics.objective import Engine, Objective, ParameterFilter
+from lightning_dynamics.objective.sandbox import Clones, private_copy
+
+LossFn = str | Callable[[LightningModule, Any], Tensor]
+"""A loss to measure instead of that of ``training_step``: the name of a method of the module that takes a batch, or a
+function of module and batch. It returns a scalar tensor."""
+
+WeightFn = Callable[[Any], float]
+"""The weight of a batch in the mean over batches: the number of terms that its loss averages (tokens, graphs)."""
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """Which loss, on which data, in which parameters. Monitors that agree on all of it share its evaluation.
+
+    Attributes:
+        probe: The data.
+        parameters: The measured parameters, see :data:`ParameterFilter`.
+        loss_fn: See :data:`LossFn`; by default the loss of ``training_step``.
+        weight_fn: See :data:`WeightFn`; by default the number of samples.
+        mode: ``"train"`` keeps the training flags that the module trains with, ``"eval"`` sets all submodules to
+            evaluation: another function.
+        precision: ``"float32"`` computes at least in that, whatever the run does; ``"same"`` as the run does.
+        noise_draws: Draws of the noise that the loss is averaged over.
+        engine: See :data:`Engine`.
+    """
+
+    probe: Probe = field(default_factory=Probe)
+    parameters: ParameterFilter | None = None
+    loss_fn: LossFn | None = None
+    weight_fn: WeightFn | None = None
+    mode: Literal["train", "eval"] = "train"
+    precision: Literal["float32", "same"] = "float32"
+    noise_draws: int = 1
+    engine: Engine = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("mode", ("train", "eval")),
+            ("precision", ("float32", "same")),
+            ("engine", ("auto", "kept", "rebuilt")),
+        ):
+            if getattr(self, name) not in choices:
+                expected = ", ".join(map(repr, choices))
+                raise MisconfigurationException(f"`{name}` must be one of {expected}, got {getattr(self, name)!r}.")
+        check_positive_integer("noise_draws", self.noise_draws)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two objectives the same function."""
+        where = tuple(self.parameters) if isinstance(self.parameters, list) else self.parameters
+        return (
+            self.probe.key,
+            where,
+            self.loss_fn,
+            self.weight_fn,
+            self.mode,
+            self.precision,
+            self.noise_draws,
+            self.engine,
+        )
+
+
+def lightning_objective(
+    trainer: Trainer,
+    module: LightningModule,
+    options: ObjectiveOptions,
+    items: Sequence[ProbeItem],
+    *,
+    values: Mapping[str, Tensor] | None = None,
+    clones: Clones | None = None,
+) -> Objective:
+    """This rank's part of an objective.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module, not wrapped.
+        options: What to measure.
+        items: This rank's probe batches.
+        values: Weights and buffers to evaluate at instead of the module's own.
+        clones: Cache of large private tensors.
+    """
+    narrow = "16" in str(trainer.precision_plugin.precision) or "transformer" in str(trainer.precision_plugin.precision)
+    as_trained = options.precision == "same"
+    dtype = None if as_trained else torch.float32
+    step = _Step(trainer, module, options.loss_fn, dtype)
+    objective = Objective(
+        module,
+        step,
+        [(item.batch, item.index, item.is_ready) for item in items],
+        weights=[_weight(item, options.weight_fn) for item in items],
+        indices=[item.index for item in items],
+        parameters=options.parameters,
+        seed=options.probe.seed,
+        noise_draws=options.noise_draws,
+        training=None if options.mode == "train" else False,
+        dtype=dtype,
+        engine=options.engine,
+        keep=step.kept(),
+        replace=step.replaced(),
+        overrides=step.overrides(),
+        values=values,
+        clones=clones,
+        # the plugin's context is autocast, or a default type narrower than float32, for the narrow precisions
+        context=nullcontext if narrow and not as_trained else _step_context(trainer),
+    )
+    step.leaf_of = objective.leaf_of
+    return objective
+
+
+def _step_context(trainer: Trainer) -> Callable[[], AbstractContextManager[Any]]:
+    return trainer.precision_plugin.train_step_context
+
+
+def _weight(item: ProbeItem, weight_fn: WeightFn | None) -> float:
+    return item.weight if weight_fn is None or item.weight == 0 else float(weight_fn(item.batch))
+
+
+class _Step:
+    """Evaluates the module's step on a batch and returns its loss. Works only inside the sandbox that it describes."""
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, loss_fn: LossFn | None, dtype: torch.dtype | None
+    ) -> None:
+        self.leaf_of: Callable[[Tensor], Tensor] = lambda parameter: parameter
+        self._trainer = trainer
+        self._module = module
+        self._loss_fn = loss_fn
+        self._dtype = dtype
+        self._backward: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, item: tuple[Any, int, bool]) -> Tensor | None:
+        assert isinstance(module, LightningModule)
+        batch, index, is_ready = item
+        if is_ready:
+            batch = move_data_to_device(batch, module.device)
+        else:
+            # the precision plugin may narrow the batch, as it does in training
+            batch = private_copy(_compat.ready_batch(self._trainer, module, batch), self._dtype)
+        self._backward.clear()
+        if isinstance(self._loss_fn, str):
+            return getattr(module, self._loss_fn)(batch)  # type: ignore[no-any-return]
+        if self._loss_fn is not None:
+            return self._loss_fn(module, batch)
+        return self._loss_of(module, _call_step(module, batch, index))
+
+    def kept(self) -> list[object]:
+        """Objects that stay themselves: everything of the Trainer's."""
+        trainer = self._trainer
+        parts = (
+            trainer,
+            trainer.strategy,
+            trainer.fit_loop,
+            getattr(trainer, "datamodule", None),
+            trainer._logger_connector,
+            trainer._data_connector,
+            *_compat.callbacks(trainer),
+            *trainer.loggers,
+        )
+        return [part for part in parts if part is not None]
+
+    def replaced(self) -> list[tuple[object, object]]:
+        """Optimizers and schedulers with their stand-ins."""
+        real, wrapped = _compat.optimizer_lists(self._trainer)
+        self._optimizers = [NullOptimizer(optimizer, lambda p: self.leaf_of(p)) for optimizer in real]
+        pairs: list[tuple[object, object]] = []
+        for stand_in, optimizer, wrapper in zip(self._optimizers, real, wrapped, strict=True):
+            pairs += [(optimizer, stand_in), (wrapper, stand_in)]
+        for config in self._trainer.strategy.lr_scheduler_configs:
+            pairs.append((config.scheduler, NullScheduler(config.scheduler)))
+        return pairs
+
+    def overrides(self) -> list[tuple[object, str, Any]]:
+        """Side channels of the module and the Trainer, closed."""
+        trainer, strategy = self._trainer, self._trainer.strategy
+        triples: list[tuple[object, str, Any]] = [
+            (trainer, _compat.LOGGERS, [_compat.DummyLogger()] if trainer.loggers else []),
+            (strategy, "_optimizers", self._optimizers),
+            (strategy, "_lightning_optimizers", self._optimizers),
+            (strategy, "lr_scheduler_configs", _compat.scheduler_configs_with(trainer, NullScheduler)),
+        ]
+        silent = ("log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
+        for submodule in self._module.modules():
+            if isinstance(submodule, LightningModule):
+                triples += [(submodule, name, _nothing) for name in silent]
+                triples += [
+                    (submodule, "optimizers", self._stand_ins),
+                    (submodule, "manual_backward", self._manual_backward),
+                    (submodule, _compat.CURRENT_HOOK, "training_step"),
+                ]
+        return triples
+
+    def _stand_ins(self, use_pl_optimizer: bool = True) -> Any:
+        return self._optimizers[0] if len(self._optimizers) == 1 else self._optimizers
+
+    def _manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._backward.append(loss)
+        # the rest of the step may look at gradients: those of the private leaves
+        torch.autograd.backward(loss, *args, **{**kwargs, "retain_graph": True})
+
+    def _loss_of(self, module: LightningModule, output: Any) -> Tensor | None:
+        if not module.automatic_optimization:
+            if len(self._backward) == 1:
+                return self._backward[0]
+            if self._backward:
+                raise ValueError(
+                    f"`training_step` called `manual_backward` on {len(self._backward)} losses, so there is no one "
+                    "loss to measure. Say which with `loss_fn=`: a function of module and batch, or a method's name."
+                )
+            raise ValueError(
+                "`training_step` called `manual_backward` on no loss. Use `self.manual_backward(loss)` instead of "
+                "`loss.backward()`, or say what to measure with `loss_fn=`."
+            )
+        if isinstance(output, Mapping):
+            if "loss" not in output:
+                raise ValueError("`training_step` returned a dict without the key 'loss'.")
+            output = output["loss"]
+        return output  # type: ignore[no-any-return]
+
+
+def _call_step(module: LightningModule, batch: Any, index: int) -> Any:
+    step = module.training_step
+    if _compat.is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+        return step(iter([(batch, index, 0)]))
+    if _compat.is_param_in_hook_signature(step, "batch_idx", min_args=2):
+        return step(batch, index)
+    return step(batch)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass

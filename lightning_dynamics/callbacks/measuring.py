@@ -1,0 +1,119 @@
+"""One measurement over all ranks: open the objective, measure on rank zero, tell everyone what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+
+from lightning_dynamics.callbacks.ranks import Interrupted, JointLinearization, RankError, Ranks
+from lightning_dynamics.callbacks.signals import DeferredSignals
+from lightning_dynamics.objective import HessianOperator, Linearization, Objective
+
+_NO_SECOND_DERIVATIVE = ("derivative for", "does not currently support double backward", "not implemented for")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no result, on every rank.
+
+    Attributes:
+        reason: In words.
+        is_weather: Whether it is nobody's mistake (memory, numbers that are not finite, a signal, another rank).
+    """
+
+    reason: str
+    is_weather: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a measurement, the same on every rank.
+
+    Attributes:
+        results: One result per task, each a value or a :class:`Failure`.
+        shared: Attributes of the module that the evaluation shared with it instead of copying them.
+    """
+
+    results: list[Any]
+    shared: list[str]
+
+
+def measure_jointly(
+    build: Callable[[], Objective],
+    tasks: Sequence[Callable[[HessianOperator], Any]],
+    ranks: Ranks,
+) -> Outcome:
+    """Run tasks on the Hessian of an objective that all ranks hold parts of. Called on every rank; never raises.
+
+    Args:
+        build: Builds this rank's part of the objective.
+        tasks: Functions of the Hessian with small, picklable results. Run on rank zero only, in order; one that fails
+            does not keep the others from running.
+        ranks: The ranks.
+    """
+    shared: list[str] = []
+    with DeferredSignals() as signals, ExitStack() as stack:
+        local: Linearization | None = None
+        failure: Failure | None = None
+        try:
+            objective = build()
+            local = stack.enter_context(objective.linearize())
+        except Exception as error:
+            failure = explain(error)
+        if not ranks.leads:
+            return ranks.serve(local)  # type: ignore[no-any-return]
+        results: list[Any] = [failure] * len(tasks)
+        try:
+            if local is not None:
+                results = _run(local, tasks, ranks, signals)
+                shared = sorted(objective.shared)
+        finally:
+            outcome = ranks.end(Outcome(results, shared))
+    return outcome  # type: ignore[no-any-return]
+
+
+def _run(
+    local: Linearization, tasks: Sequence[Callable[[HessianOperator], Any]], ranks: Ranks, signals: DeferredSignals
+) -> list[Any]:
+    results: list[Any] = []
+    hessian: HessianOperator | None = None
+    for task in tasks:
+        try:
+            if hessian is None:
+                hessian = HessianOperator(JointLinearization(local, ranks, lambda: signals.pending))
+            results.append(task(hessian))
+        except Exception as error:
+            results.append(explain(error))
+    return results
+
+
+def explain(error: BaseException) -> Failure:
+    """What an exception means to a user: a mistake with its cure, or weather."""
+    if isinstance(error, Interrupted):
+        return Failure(str(error), is_weather=True)
+    if is_oom_error(error):
+        if torch.cuda.is_available():
+            garbage_collection_cuda()
+        return Failure(f"out of memory ({_first_line(error)})", is_weather=True)
+    if isinstance(error, (RankError, FloatingPointError)):
+        return Failure(str(error), is_weather=True)
+    text = _first_line(error)
+    if any(sign in str(error) for sign in _NO_SECOND_DERIVATIVE):
+        return Failure(
+            f"{text}. An operation of the step has no second derivative in PyTorch. Use another implementation of it, "
+            "or measure another loss with `loss_fn=`.",
+            is_weather=False,
+        )
+    if isinstance(error, ValueError):
+        return Failure(str(error), is_weather=False)
+    return Failure(f"{type(error).__name__}: {text}", is_weather=False)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

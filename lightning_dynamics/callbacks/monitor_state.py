@@ -1,0 +1,77 @@
+"""What a session remembers of one monitor, and what of it a checkpoint keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_dynamics.callbacks.measured import Clipping, Measured, When
+
+_SCHEMA = 1
+_SMALL = 1 << 26  # bytes of a monitor's memory that go into a checkpoint
+
+
+@dataclass
+class MonitorState:
+    """What the session keeps for one monitor; all of it but :attr:`second_at` goes into checkpoints."""
+
+    every: int | None = None  # the default cadence, decided once
+    memory: dict[str, Any] = field(default_factory=dict)
+    count: int = 0
+    pending: tuple[When, Measured, float] | None = None  # the first half of a pair, and what it cost
+    second_at: int | None = None  # where its second half is due
+    seconds: float = 0.0
+    exposed: dict[str, float] = field(default_factory=dict)
+    clipping: Clipping = field(default_factory=Clipping)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint that is loaded with ``weights_only=True``."""
+        tensors = [value for value in self.memory.values() if isinstance(value, Tensor)]
+        small = sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= _SMALL
+        pending = None
+        if self.pending is not None:
+            when, measured, seconds = self.pending
+            pending = {
+                "when": [when.step, when.global_step, when.epoch],
+                "measured": measured.to_state(),
+                "seconds": seconds,
+            }
+        return {
+            "schema": _SCHEMA,
+            "every": self.every,
+            "memory": dict(self.memory) if small else {},
+            "count": self.count,
+            "pending": pending,
+            "seconds": self.seconds,
+            "exposed": dict(self.exposed),
+            "clipping": [self.clipping.steps, self.clipping.clipped, self.clipping.factors],
+        }
+
+    @classmethod
+    def from_checkpoint(cls, kept: Mapping[str, Any]) -> MonitorState:
+        """The state that :meth:`to_checkpoint` kept.
+
+        Raises:
+            MisconfigurationException: If a newer version of this package kept it.
+        """
+        if kept["schema"] > _SCHEMA:
+            raise MisconfigurationException(
+                "The checkpoint's state of a monitor was written by a newer lightning_dynamics. Install that."
+            )
+        state = cls(
+            every=kept["every"],
+            memory=dict(kept["memory"]),
+            count=kept["count"],
+            seconds=kept["seconds"],
+            exposed=dict(kept["exposed"]),
+            clipping=Clipping(*kept["clipping"]),
+        )
+        if kept["pending"] is not None:
+            half = kept["pending"]
+            state.pending = (When(*half["when"]), Measured.from_state(half["measured"]), half["seconds"])
+            state.second_at = state.pending[0].step + 1
+        return state

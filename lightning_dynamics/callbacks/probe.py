@@ -1,0 +1,207 @@
+"""On which data: a probe of the training set that stays the same for the whole run, read without touching anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_dynamics.callbacks.cadence import check_positive_integer
+from lightning_dynamics.callbacks.map_style import MapStyleSource, ProbeItem, share_batches
+from lightning_dynamics.callbacks.probe_state import restore_batches
+from lightning_dynamics.objective.loss import batch_length
+from lightning_dynamics.objective.sandbox import fork_rng, private_copy
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The data that a measurement is taken on.
+
+    By default, for a map-style data set: a fixed random subset of the training *set*, stratified by label where labels
+    are plain, read once at the start of ``fit`` in a process of its own, so that the data set's counters, generators
+    and file handles stay as they are. Where that cannot be (iterable data, several loaders, a sampler that changes the
+    distribution) the first batches of training are copied as they pass, and a point that was due before they were
+    complete is taken from a copy of the weights.
+
+    The largest eigenvalue on n samples is biased upwards against that on the training set (Jensen's inequality): about
+    1.4-fold at n = 32, 1.15-fold at 64 to 128, 1.07-fold at 256 in one experiment. n and n/N stand with every curve.
+
+    Attributes:
+        size: Number of samples, rounded up to whole batches.
+        whole: The whole training set: the only choice that is called full-batch. It is held in memory.
+        first_batches: Copy that many first batches of training instead.
+        current_batch: The batch of the step at hand, a new one each time.
+        dataloader: A loader of your own; its batches are read once, at the start of ``fit``.
+        batch_size: Samples per probe batch; the training loader's by default, so that losses and layers that couple the
+            samples of a batch (batch norm, contrastive losses) are those that are trained.
+        seed: Seed of the choice of samples, of their augmentation, and of the noise during measurements.
+    """
+
+    size: int = 512
+    whole: bool = False
+    first_batches: int | None = None
+    current_batch: bool = False
+    dataloader: Any = None
+    batch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive_integer("size", self.size)
+        check_positive_integer("first_batches", self.first_batches, optional=True)
+        check_positive_integer("batch_size", self.batch_size, optional=True)
+        check_positive_integer("seed", self.seed, least=0)
+        given = [
+            name
+            for name, is_given in (
+                ("whole=True", self.whole),
+                (f"first_batches={self.first_batches}", self.first_batches is not None),
+                ("current_batch=True", self.current_batch),
+                ("dataloader=…", self.dataloader is not None),
+            )
+            if is_given
+        ]
+        if len(given) > 1:
+            raise MisconfigurationException(f"A probe takes its data from one place, got {' and '.join(given)}.")
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two probes the same data."""
+        return (
+            self.size,
+            self.whole,
+            self.first_batches,
+            self.current_batch,
+            id(self.dataloader) if self.dataloader is not None else None,
+            self.batch_size,
+            self.seed,
+        )
+
+
+@dataclass
+class ProbeData:
+    """A probe with its data, as far as this rank holds it.
+
+    Attributes:
+        kind: Where the data is from, in words.
+        items: This rank's batches; every rank has equally many.
+        size: Samples over all ranks.
+        population: Samples in the training set, None where it has no length.
+        wanted: How many batches are still to be copied as they pass; 0 once the probe is complete.
+        kept: What a checkpoint needs to have the same data again.
+    """
+
+    kind: str
+    items: list[ProbeItem] = field(default_factory=list)
+    size: int = 0
+    population: int | None = None
+    wanted: int = 0
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.wanted == 0
+
+    @property
+    def fraction(self) -> float | None:
+        """n/N."""
+        return None if not self.population else self.size / self.population
+
+    def describe(self) -> dict[str, Any]:
+        """The facts that stand with every curve."""
+        return {"kind": self.kind, "n": self.size, "N": self.population, "fraction": self.fraction}
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """What :func:`read_probe` needs to have the same data again; empty while the probe is incomplete."""
+        return {**self.kept, "kind": self.kind, "size": self.size} if self.is_complete else {}
+
+    def copy_passing(self, batch: Any, rank: int, world_size: int) -> None:
+        """Take a batch that passes by, as long as some are wanted."""
+        index = len(self.items) * world_size + rank
+        self.items.append(ProbeItem(private_copy(batch), index, is_ready=True, weight=batch_length(batch)))
+        self.wanted -= 1
+
+
+def read_probe(
+    probe: Probe,
+    loaders: Sequence[Any],
+    num_batches: float,
+    rank: int,
+    world_size: int,
+    notify: Callable[[str], None],
+    kept: Mapping[str, Any] | None = None,
+) -> ProbeData:
+    """Read a probe's data, or say how many passing batches are to be copied.
+
+    Args:
+        probe: What is wanted.
+        loaders: The training loaders.
+        num_batches: Batches per epoch on each rank: without shuffling, what lies beyond them is never trained on.
+        rank: This process's number.
+        world_size: Number of processes; each reads its own share.
+        notify: Told once where the default could not be had, and why.
+        kept: What a checkpoint kept of the same probe.
+
+    Raises:
+        MisconfigurationException: If the whole set or a loader of the user's was asked for and cannot be read, or is
+            empty.
+    """
+    if probe.current_batch:
+        return ProbeData("the current batch")
+    if probe.dataloader is not None:
+        return _read_loader(probe, rank, world_size)
+    if kept and ("batches" in kept or "files" in kept):
+        items = restore_batches(kept, rank, world_size)
+        if items is not None:
+            return ProbeData(kept["kind"], items, size=kept["size"], kept=dict(kept))
+        notify("The batches of the probe are not where the checkpoint left them: the curves go on with others.")
+    if probe.first_batches is not None:
+        return ProbeData(f"the first {probe.first_batches} batches of training", wanted=probe.first_batches)
+    source = MapStyleSource.of(loaders, probe.batch_size, num_batches * world_size)
+    if isinstance(source, str):
+        reason = source
+    else:
+        chosen = kept.get("samples") if kept else None
+        if chosen is None:
+            chosen = list(source.members) if probe.whole else source.choose(probe.size, probe.seed)
+        if not chosen:
+            raise MisconfigurationException("The training set is empty: there is nothing to probe.")
+        try:
+            items = source.read(chosen, probe.seed, rank, world_size)
+        except Exception as error:
+            reason = f"reading the training set in a process of its own failed ({error!r})"
+        else:
+            return ProbeData(
+                "the whole training set" if probe.whole else "a random subset of the training set",
+                items,
+                size=len(chosen),
+                population=len(source.members),
+                kept={} if probe.whole else {"samples": list(chosen)},
+            )
+    if probe.whole:
+        raise MisconfigurationException(
+            f"`whole=True` needs a map-style training set in one loader, but {reason}. Pass a `dataloader=` instead."
+        )
+    batch_size = _batch_size_of(loaders)
+    count = max(1, math.ceil(probe.size / (batch_size * world_size))) if batch_size else 8
+    notify(f"The probe is the first {count} training batches, not a random subset of the training set: {reason}.")
+    return ProbeData(f"the first {count} batches of training", wanted=count)
+
+
+def _read_loader(probe: Probe, rank: int, world_size: int) -> ProbeData:
+    with fork_rng():
+        batches = [(private_copy(batch), batch_length(batch)) for batch in probe.dataloader]
+    if not batches:
+        raise MisconfigurationException("The probe's `dataloader` is empty: it yielded no batch.")
+    items = [
+        ProbeItem(batches[index][0], index, is_ready=False, weight=batches[index][1] if counts else 0.0)
+        for index, counts in share_batches(len(batches), rank, world_size)
+    ]
+    return ProbeData("a loader of the user's", items, size=int(sum(length for _, length in batches)))
+
+
+def _batch_size_of(loaders: Sequence[Any]) -> int | None:
+    sizes = [getattr(loader, "batch_size", None) for loader in loaders]
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else None

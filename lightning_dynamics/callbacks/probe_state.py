@@ -1,0 +1,78 @@
+"""How copied batches survive a resume: in the checkpoint if small and plain, else in files beside the records."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dynamics.callbacks.map_style import ProbeItem, share_batches
+from lightning_dynamics.callbacks.ranks import Ranks
+from lightning_dynamics.objective.loss import tensor_bytes
+
+_SMALL = 1 << 24  # bytes of batches, over all ranks, that go into a checkpoint
+
+
+def keep_batches(items: Sequence[ProbeItem], ranks: Ranks, directory: Path | None) -> dict[str, Any]:
+    """What a checkpoint has to keep of copied batches; called once on every rank, when they are complete.
+
+    A checkpoint holds rank zero's state alone, so that rank's copy must know of all: plain batches are exchanged,
+    others are written to a file by the rank that holds them, and their digests are exchanged.
+
+    Args:
+        items: This rank's batches.
+        ranks: The ranks.
+        directory: Where files may be written, on rank zero; None if nothing may be written.
+    """
+    directory = ranks.share(directory)
+    total = sum(ranks.gather(sum(tensor_bytes(item.batch) for item in items)))
+    plain = all(ranks.gather(all(_is_plain(item.batch) for item in items)))
+    if plain and total <= _SMALL:
+        shared = ranks.gather([(item.index, item.weight, item.batch) for item in items])
+        entries = sorted((entry for part in shared for entry in part), key=lambda entry: entry[0])
+        return {"batches": [{"index": i, "weight": w, "batch": batch} for i, w, batch in entries]}
+    if directory is None:
+        return {}
+    buffer = io.BytesIO()
+    torch.save([(item.index, item.weight, item.batch) for item in items], buffer)
+    directory.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    file = directory / f"dynamics-probe-{digest[:12]}-rank{ranks.rank}.pt"
+    file.write_bytes(buffer.getvalue())
+    return {"files": ranks.gather([str(file), digest])}
+
+
+def restore_batches(kept: Mapping[str, Any], rank: int, world_size: int) -> list[ProbeItem] | None:
+    """This rank's share of the batches that :func:`keep_batches` kept; None if a file is gone or not what it was."""
+    if "batches" in kept:
+        entries = [(entry["index"], entry["weight"], entry["batch"]) for entry in kept["batches"]]
+    else:
+        entries = []
+        for name, digest in kept["files"]:
+            try:
+                content = Path(name).read_bytes()
+            except OSError:
+                return None
+            if hashlib.sha256(content).hexdigest() != digest:
+                return None
+            # the file's content is what this run wrote: its digest came with the checkpoint
+            entries += torch.load(io.BytesIO(content), weights_only=False)
+        entries.sort(key=lambda entry: entry[0])
+    return [
+        ProbeItem(entries[i][2], entries[i][0], is_ready=True, weight=entries[i][1] if counts else 0.0)
+        for i, counts in share_batches(len(entries), rank, world_size)
+    ]
+
+
+def _is_plain(thing: Any) -> bool:
+    """Whether a checkpoint that is loaded with ``weights_only=True`` can hold it."""
+    if type(thing) is Tensor or thing is None or isinstance(thing, (bool, int, float, str)):
+        return True
+    if type(thing) in (list, tuple):
+        return all(_is_plain(member) for member in thing)
+    return type(thing) is dict and all(isinstance(k, (str, int)) and _is_plain(v) for k, v in thing.items())

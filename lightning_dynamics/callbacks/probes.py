@@ -1,0 +1,76 @@
+"""The probes of a session: read once, shared by the monitors that ask for the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_dynamics import _compat
+from lightning_dynamics.callbacks.base import DynamicsMonitor
+from lightning_dynamics.callbacks.probe import ProbeData, read_probe
+from lightning_dynamics.callbacks.probe_state import keep_batches
+from lightning_dynamics.callbacks.ranks import Ranks
+
+
+class Probes:
+    """Probe data by what was asked for."""
+
+    def __init__(self) -> None:
+        self._data: dict[tuple[Any, ...], ProbeData] = {}
+        self._ranks = Ranks(0, 1, torch.device("cpu"))
+
+    def of(self, monitor: DynamicsMonitor) -> ProbeData:
+        """The data that a monitor measures on."""
+        return self._data[monitor.options.probe.key]
+
+    def read(
+        self, trainer: Trainer, monitors: Sequence[DynamicsMonitor], ranks: Ranks, notify: Callable[[str], None]
+    ) -> None:
+        """Read what the monitors ask for, or what a checkpoint kept of it; a probe that is there already stays."""
+        self._ranks = ranks
+        for monitor in monitors:
+            probe = monitor.options.probe
+            known = self._data.get(probe.key)
+            if known is not None and known.is_complete and not monitor._restored:
+                continue
+            self._data[probe.key] = read_probe(
+                probe,
+                _compat.training_loaders(trainer),
+                trainer.num_training_batches,
+                ranks.rank,
+                ranks.world_size,
+                lambda text, label=monitor.label: notify(f"{label}: {text}"),  # type: ignore[misc]
+                kept=monitor._restored["probe"] if monitor._restored else None,
+            )
+
+    def show(self, batch: Any, directory: Path | None) -> bool:
+        """Copy a passing batch where one is wanted; return whether a probe has become complete.
+
+        Args:
+            batch: The batch.
+            directory: Where batches may be kept for a resume, on rank zero.
+        """
+        completed = False
+        for data in self._data.values():
+            if data.wanted:
+                data.copy_passing(batch, self._ranks.rank, self._ranks.world_size)
+                if data.is_complete:
+                    self._agree(data, directory)
+                    completed = True
+        return completed
+
+    def finish(self, directory: Path | None) -> None:
+        """Training was shorter than a probe: what was copied is the probe."""
+        for data in self._data.values():
+            if data.wanted and data.items:
+                data.wanted = 0
+                self._agree(data, directory)
+
+    def _agree(self, data: ProbeData, directory: Path | None) -> None:
+        """All ranks have copied their batches: agree on what there is."""
+        data.size = int(sum(self._ranks.gather(sum(item.weight for item in data.items))))
+        data.kept = keep_batches(data.items, self._ranks, directory)

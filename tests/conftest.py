@@ -1,0 +1,7 @@
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path_factory, monkeypatch):
+    """Whatever a test writes without saying where goes to a folder of its own."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
