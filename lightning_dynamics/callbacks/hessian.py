@@ -1,0 +1,395 @@
+"""The Hessian of the training loss, tracked: sharpness against the edge of stability."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_dynamics.callbacks.base import DynamicsMonitor
+from lightning_dynamics.callbacks.cadence import Cadence, check_positive_integer
+from lightning_dynamics.callbacks.lightning_objective import LossFn, ObjectiveOptions, WeightFn
+from lightning_dynamics.callbacks.measured import Measured, Point
+from lightning_dynamics.callbacks.probe import Probe
+from lightning_dynamics.linalg import CongruentOperator, ExtremalEigenpairs, SymmetricOperator, eigenpairs
+from lightning_dynamics.objective import Engine, HessianOperator, Layout, ParameterFilter
+from lightning_dynamics.recording.quantity import Quantity, QuantityTable
+
+_CHECK_EVERY = 10  # measurements between checks that no eigenvalue is missed
+_BIAS_EVERY = 10  # measurements between estimates of the probe's bias
+_COHEN = "Cohen et al., arXiv 2103.00065"
+
+
+class HessianMonitor(DynamicsMonitor):
+    """Tracks the extreme eigenvalues of the loss Hessian and compares the largest with the edge of stability.
+
+    The loss is the one that ``training_step`` returns, as it is trained, on a fixed :class:`Probe` of the training set
+    with fixed noise, at the weights θ_t of each measured step. Nothing of the run changes: weights, optimizer, random
+    numbers and logged values stay bit for bit what they would have been.
+
+    Args:
+        top_k: Number of largest eigenvalues, at least 1.
+        bottom_k: Number of smallest eigenvalues.
+        every_n_train_steps: Steps between points. By default as often as costs at most 15 % of training, counted in
+            gradients; the number chosen is printed.
+        every_n_epochs: Epochs between points, instead of steps.
+        log_spaced: Ten points per decade of steps; with ``every_n_train_steps`` only until the spacing has grown to it.
+        pair: Measure two consecutive steps for each point and log their mean. At the edge sharpness alternates from
+            step to step, so that an even cadence would show one of its phases for ever.
+        probe: The data, see :class:`Probe`. ``Probe(whole=True)`` is the training set.
+        parameters: The parameters: a regular expression for whole names, a list of them, or a predicate of name and
+            parameter. All that require a gradient by default.
+        loss_fn: What to measure where ``training_step`` has no one loss: a function of module and batch, or the name of
+            a method that takes a batch.
+        weight_fn: Weight of a batch in the mean over probe batches, a function of the batch: the number of terms that
+            its loss averages. By default its number of samples.
+        mode: ``"train"`` measures with the training flags that the module trains with, ``"eval"`` in evaluation mode.
+        precision: ``"float32"`` computes in at least that; ``"same"`` in the run's own precision.
+        noise_draws: Draws of the noise (dropout) that the loss is averaged over; cost grows with it.
+        tolerance: Allowed error of the top eigenvalues, relative.
+        engine: ``"kept"`` keeps gradient graphs for all products, ``"rebuilt"`` builds them anew for each, ``"auto"``
+            keeps them if they fit into half of the free memory.
+        monitor: Let ``EarlyStopping`` and ``ModelCheckpoint`` monitor the logged keys.
+        name: Tells apart two of these in one Trainer; keys then begin with ``hessian_<name>/``.
+
+    Logs:
+        - ``hessian/edge_ratio``: λmax(C^½(H + W)C^½)/2, the *deterministic* edge (see :class:`StabilityRule`); 1 is the
+          edge. The headline where the batch is the data set; in mini-batch training it stays below 1.
+        - ``hessian/top_1`` … ``top_k``: largest eigenvalues, loss/θ².
+        - ``hessian/bottom_1`` … : smallest eigenvalues, loss/θ².
+        - ``hessian/stability_threshold``: the largest stable eigenvalue, loss/θ², where it is one number (2/η for
+          gradient descent). None for unknown optimizers, and subclasses count as such.
+        - ``hessian/probe_loss``, ``hessian/gradient_norm``: of the probe, loss and loss/θ.
+        - With gradient clipping: ``hessian/clip_factor`` and ``hessian/clipped_share`` since the last point; the
+          effective step is that much smaller, and the ratio that much too large.
+
+        Each record also holds ``top_1_swing`` (half of the difference within a pair), now and then ``probe_bias`` (mean
+        top eigenvalue of the two halves of the probe minus that of the whole), bounds on all eigenvalues, and how far
+        out a missed one could lie.
+
+    Cost:
+        A point costs about 8 Hessian products after a first one of 20 to 30 (with the defaults), twice with ``pair``,
+        at 1.4 to 2.8 gradients on the probe each, and 1 to 3 gradients to build the graph. Memory: that graph (3 to 4
+        training steps on the probe), up to 64 vectors of the size of the parameters during a measurement, 8 between.
+
+    Example:
+        >>> from lightning_dynamics import HessianMonitor, Probe
+        >>> monitor = HessianMonitor(every_n_train_steps=100, probe=Probe(size=1024))
+    """
+
+    def __init__(
+        self,
+        top_k: int = 3,
+        bottom_k: int = 1,
+        *,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        log_spaced: bool = False,
+        pair: bool = True,
+        probe: Probe | None = None,
+        parameters: ParameterFilter | None = None,
+        loss_fn: LossFn | None = None,
+        weight_fn: WeightFn | None = None,
+        mode: Literal["train", "eval"] = "train",
+        precision: Literal["float32", "same"] = "float32",
+        noise_draws: int = 1,
+        tolerance: float = 1e-3,
+        engine: Engine = "auto",
+        monitor: bool = False,
+        name: str | None = None,
+    ) -> None:
+        check_positive_integer("top_k", top_k)
+        check_positive_integer("bottom_k", bottom_k, least=0)
+        if not 0 < tolerance < 1:
+            raise MisconfigurationException(f"`tolerance` must lie between 0 and 1, got {tolerance!r}.")
+        self.top_k = top_k
+        self.bottom_k = bottom_k
+        self.tolerance = tolerance
+        super().__init__(
+            Cadence(every_n_train_steps, every_n_epochs, log_spaced),
+            ObjectiveOptions(
+                probe=probe if probe is not None else Probe(),
+                parameters=parameters,
+                loss_fn=loss_fn,
+                weight_fn=weight_fn,
+                mode=mode,
+                precision=precision,
+                noise_draws=noise_draws,
+                engine=engine,
+            ),
+            pair=pair,
+            monitor=monitor,
+            name=name,
+        )
+        self._table = hessian_table(top_k, bottom_k, "hessian" if name is None else f"hessian_{name}")
+
+    @property
+    def table(self) -> QuantityTable:
+        return self._table
+
+    @property
+    def products_per_point(self) -> float:
+        # old vectors, guards and one direction outside of them; the check now and then; two products' worth of building
+        return self.top_k + self.bottom_k + 3 + 8 / _CHECK_EVERY + 2
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "top_k": self.top_k,
+            "bottom_k": self.bottom_k,
+            "tolerance": self.tolerance,
+            "engine": self.options.engine,
+        }
+
+    def check(self, size: int) -> None:
+        if self.top_k + self.bottom_k > size:
+            raise ValueError(
+                f"`top_k` ({self.top_k}) and `bottom_k` ({self.bottom_k}) ask for more eigenvalues than there are "
+                f"measured parameters ({size})."
+            )
+
+    def measure(self, point: Point) -> Measured:
+        hessian = point.hessian
+        _forget_if_changed(point.memory, hessian.layout)
+        found = self._track(point)
+        values = {"probe_loss": hessian.loss, "gradient_norm": float(hessian.gradient.norm())}
+        errors: dict[str, float] = {}
+        for end, kind in ((found.top, "top"), (found.bottom, "bottom")):
+            for i in range(len(end)):
+                values[f"{kind}_{i + 1}"] = float(end.values[i])
+                errors[f"{kind}_{i + 1}"] = float(end.bounds[i])
+        notes: dict[str, Any] = {
+            "products": found.products,
+            "converged": found.converged,
+            "engine": "kept" if hessian.is_kept else "rebuilt",
+        }
+        if found.top.limits is not None:
+            notes["completeness"] = {
+                "confidence": found.top.confidence,
+                "top_at_most": found.top.limits.tolist(),
+                "bottom_at_least": [] if found.bottom.limits is None else found.bottom.limits.tolist(),
+            }
+        if point.rule.unavailable is None:
+            self._compare_with_the_edge(point, found, values, errors)
+        elif point.rule.is_unknown:
+            notes["no_threshold"] = point.rule.unavailable
+        if point.has_halves and point.count % _BIAS_EVERY == 0:
+            values["probe_bias"] = self._probe_bias(point, found)
+        if point.clipping is not None and point.clipping.steps:
+            values["clip_factor"] = point.clipping.factors / point.clipping.steps
+            values["clipped_share"] = point.clipping.clipped / point.clipping.steps
+            notes["clipping"] = "the ratio assumes the unclipped step"
+        return Measured(self._keyed(values), self._keyed(errors), notes=notes)
+
+    def combine(self, first: Measured, second: Measured) -> Measured:
+        joined = super().combine(first, second)
+        top = f"{self.table.family}/top_1"
+        swing = (first.scalars[top] - second.scalars[top]) / 2
+        joined.scalars[f"{self.table.family}/top_1_swing"] = abs(swing)
+        return joined
+
+    def logged(self, measured: Measured) -> dict[str, float]:
+        clipping = {f"{self.table.family}/{key}" for key in ("clip_factor", "clipped_share")}
+        return super().logged(measured) | {k: v for k, v in measured.scalars.items() if k in clipping}
+
+    def _track(self, point: Point) -> ExtremalEigenpairs:
+        """Eigenvalues from the old vectors; from time to time with a check that none was missed."""
+        start = point.memory.get("subspace")
+        checks = start is None or point.count % _CHECK_EVERY == 0
+        found = eigenpairs(
+            point.hessian,
+            self.top_k,
+            self.bottom_k,
+            tolerance=self.tolerance,
+            start=start,
+            confidence=0.99 if checks else None,
+            generator=point.generator,
+        )
+        point.memory["subspace"] = found.subspace
+        return found
+
+    def _compare_with_the_edge(
+        self, point: Point, found: ExtremalEigenpairs, values: dict[str, float], errors: dict[str, float]
+    ) -> None:
+        scalar = point.rule.scalar
+        if scalar is not None:
+            step, shift = scalar
+            values["stability_threshold"] = 2 / step - shift
+            values["edge_ratio"] = step * (float(found.top.values[0]) + shift) / 2
+            errors["edge_ratio"] = step * float(found.top.bounds[0]) / 2
+            return
+        hessian = point.hessian
+        scale, shifts = point.rule.diagonals(hessian.layout.shapes, like=hessian.gradient)
+        edge = self._leading(CongruentOperator(hessian, scale, shifts), point, "edge")
+        values["edge_ratio"] = float(edge.top.values[0]) / 2
+        errors["edge_ratio"] = float(edge.top.bounds[0]) / 2
+
+    def _probe_bias(self, point: Point, found: ExtremalEigenpairs) -> float:
+        """Mean top eigenvalue of the probe's halves minus that of the whole: what half as many samples add."""
+        tops = []
+        for half in ("even", "odd"):
+            part = _Half(point.hessian, half)
+            start = found.top.vectors
+            tops.append(
+                eigenpairs(
+                    part, 1, tolerance=self.tolerance, start=start, confidence=None, generator=point.generator
+                ).top.values[0]
+            )
+        return float(sum(tops) / 2 - found.top.values[0])
+
+    def _leading(self, operator: SymmetricOperator, point: Point, key: str) -> ExtremalEigenpairs:
+        found = eigenpairs(
+            operator,
+            1,
+            tolerance=self.tolerance,
+            start=point.memory.get(key),
+            confidence=None,
+            generator=point.generator,
+        )
+        point.memory[key] = found.subspace
+        return found
+
+    def _keyed(self, values: dict[str, float]) -> dict[str, float]:
+        return {f"{self.table.family}/{key}": value for key, value in values.items()}
+
+
+class _Half:
+    """The Hessian of the mean loss over half of the probe's batches."""
+
+    def __init__(self, hessian: HessianOperator, part: Literal["even", "odd"]) -> None:
+        self._hessian = hessian
+        self._part = part
+
+    @property
+    def size(self) -> int:
+        return self._hessian.size
+
+    @property
+    def dtype(self) -> Any:
+        return self._hessian.dtype
+
+    @property
+    def device(self) -> Any:
+        return self._hessian.device
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        return self._hessian.product(vector, self._part)
+
+
+def _forget_if_changed(memory: dict[str, Any], layout: Layout) -> None:
+    """Old vectors are of no use once the set of measured parameters has changed."""
+    names = ",".join(f"{name}:{tuple(shape)}" for name, shape in layout.shapes.items())
+    digest = hashlib.sha256(names.encode()).hexdigest()
+    if memory.get("layout") != digest:
+        memory.clear()
+        memory["layout"] = digest
+
+
+def hessian_table(top_k: int, bottom_k: int, family: str = "hessian") -> QuantityTable:
+    """The quantities of a :class:`HessianMonitor`."""
+    curvature = "loss/θ²"
+    tops = [
+        Quantity(
+            f"top_{i}",
+            f"λ{_sub(i)}",
+            curvature,
+            f"Eigenvalue number {i} of the loss Hessian on the probe, from the top"
+            + (" (the sharpness)." if i == 1 else "."),
+            _COHEN,
+            "bound",
+            "Sharpness and threshold" if i == 1 else "Top eigenvalues",
+        )
+        for i in range(1, top_k + 1)
+    ]
+    bottoms = [
+        Quantity(
+            f"bottom_{i}",
+            f"λ₋{_sub(i)}",
+            curvature,
+            f"Eigenvalue number {i} of the loss Hessian on the probe, from the bottom.",
+            "own",
+            "bound",
+            "Bottom eigenvalues",
+            on_by_default=i == 1,
+        )
+        for i in range(1, bottom_k + 1)
+    ]
+    return QuantityTable(
+        family,
+        "Hessian" if family == "hessian" else f"Hessian ({family.removeprefix('hessian_')})",
+        (
+            Quantity(
+                "edge_ratio",
+                "ρ",
+                "1",
+                "λmax(C^½(H + W)C^½)/2 with the optimizers' effective steps C and coupled weight decay W: 1 is the "
+                "deterministic edge of stability. In mini-batch training it stays below.",
+                f"{_COHEN}; arXiv 2207.14484; mixed groups derived",
+                "bound",
+                "Edge ratio",
+            ),
+            tops[0],
+            Quantity(
+                "stability_threshold",
+                "λ*",
+                curvature,
+                "Largest stable eigenvalue of a quadratic loss under this optimizer, where it is one number: 2/η for "
+                "gradient descent.",
+                f"{_COHEN}; arXiv 2207.14484",
+                "exact",
+                "Sharpness and threshold",
+            ),
+            *tops[1:],
+            *bottoms,
+            Quantity("probe_loss", "L", "loss", "Loss on the probe.", "own", "exact", "Probe loss"),
+            Quantity(
+                "gradient_norm", "‖∇L‖", "loss/θ", "Norm of the gradient on the probe.", "own", "exact", "Gradient norm"
+            ),
+            Quantity(
+                "top_1_swing",
+                "|Δλ₁|/2",
+                curvature,
+                "Half of the difference of λ₁ between two consecutive steps: what it swings by at the edge.",
+                "own",
+                "bound",
+                "Swing of the sharpness",
+                on_by_default=False,
+            ),
+            Quantity(
+                "probe_bias",
+                "",
+                curvature,
+                "Mean λ₁ of the two halves of the probe minus λ₁ of the whole: an estimate of how far λ₁ on the probe "
+                "lies above λ₁ on the training set.",
+                "own (Jensen's inequality)",
+                "none",
+                "Bias of the probe",
+                on_by_default=False,
+            ),
+            Quantity(
+                "clip_factor",
+                "",
+                "1",
+                "Mean factor by which clipping shortened gradients since the last point.",
+                "own",
+                "exact",
+                "Clipping",
+                on_by_default=False,
+            ),
+            Quantity(
+                "clipped_share",
+                "",
+                "1",
+                "Share of optimizer steps since the last point whose gradient was clipped.",
+                "own",
+                "exact",
+                "Clipping",
+                on_by_default=False,
+            ),
+        ),
+    )
+
+
+def _sub(number: int) -> str:
+    return "".join("₀₁₂₃₄₅₆₇₈₉"[int(digit)] for digit in str(number))
