@@ -20,7 +20,7 @@ from lightning_dynamics.objective import Layout, Linearization
 from lightning_dynamics.objective.loss import Part
 
 _PARTS: tuple[Part, ...] = ("all", "even", "odd")
-_END, _EVALUATE, _PRODUCT = 0, 1, 2
+_END, _FIT, _EVALUATE, _PRODUCT = 0, 1, 2, 3
 
 
 class RankError(RuntimeError):
@@ -85,6 +85,9 @@ class Ranks:
             code, first, second = self._broadcast(torch.zeros(3, dtype=torch.int64)).tolist()
             if code == _END:
                 return self.share(None)
+            if code == _FIT:
+                self.fit(linearization, first)
+                continue
             like = torch.empty(second, dtype=torch.float64 if first // 8 else torch.float32, device=self.device)
             if code == _EVALUATE:
                 _, _, error = self.evaluate(linearization, bool(first % 8), like)
@@ -92,6 +95,17 @@ class Ranks:
                 _, _, error = self.product(linearization, self._broadcast(like), _PARTS[first % 8])
             if error is not None and linearization is not None:
                 warnings.warn(f"Rank {self.rank} failed in its part of a measurement: {error!r}", stacklevel=2)
+
+    def fit(self, linearization: Linearization | None, reserve: int) -> bool:
+        """Whether the gradient graphs fit into the memory of every rank; known on rank zero."""
+        refused = torch.zeros(1, dtype=torch.float64)
+        try:
+            assert linearization is not None
+            # processes on one host share its memory
+            refused += not linearization.graphs_fit(reserve, self.world_size if self.device.type == "cpu" else 1)
+        except Exception:
+            refused += 1  # the evaluation meets the same error, and reports it
+        return not self._sum(refused)
 
     def evaluate(
         self, linearization: Linearization | None, keep: bool, like: Tensor
@@ -175,7 +189,9 @@ class JointLinearization:
 
     def evaluate(self, keep: bool | None = None, reserve: int = 0) -> tuple[float, Tensor]:
         self._make_way()
-        keep = self._local.graphs_fit(reserve) if keep is None else keep
+        if keep is None:
+            self._ranks.command(_FIT, reserve)
+            keep = self._ranks.fit(self._local, reserve)
         like = torch.empty(self.size, dtype=self.dtype, device=self.device)
         self._ranks.command(_EVALUATE, _width(like) + int(keep), self.size)
         stats, gradient, error = self._ranks.evaluate(self._local, keep, like)

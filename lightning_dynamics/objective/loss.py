@@ -263,12 +263,17 @@ class Linearization:
                 out.add_(self.layout.flatten(second, out), alpha=graph.weight)
         return out
 
-    def graphs_fit(self, reserve: int = 0) -> bool:
-        """Whether the gradient graphs of all batches, and ``reserve`` bytes, fit into half of the free memory."""
+    def graphs_fit(self, reserve: int = 0, sharers: int = 1) -> bool:
+        """Whether the gradient graphs of all batches, and ``reserve`` bytes, fit into half of the free memory.
+
+        Args:
+            reserve: Bytes needed besides the graphs.
+            sharers: Processes that ask the same of the same memory.
+        """
         if self._objective.engine != "auto":
             return self._objective.engine == "kept"
         free = available_memory(self.device)
-        return free is None or self._objective._graph_bytes(self) + reserve <= free // 2
+        return free is None or self._objective._graph_bytes(self) + reserve <= free // (2 * sharers)
 
     def close(self) -> None:
         """Let go of the graphs."""

@@ -1,0 +1,174 @@
+"""Two processes: the run is the run without monitors, the numbers are those of one process, and nobody hangs."""
+
+from __future__ import annotations
+
+import random
+from datetime import timedelta
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.digest import user_rows
+from helpers.fit import fit, full_batch, mini_batches
+from helpers.modules import NoisySamples, NoisyStream, Regression, loader
+from helpers.state import equal
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_dynamics import HessianMonitor, Probe
+
+pytestmark = pytest.mark.ddp
+
+WHOLE = Probe(whole=True)
+
+
+def two(timeout=60):
+    return {"devices": 2, "strategy": DDPStrategy(start_method="fork", timeout=timedelta(seconds=timeout))}
+
+
+class Communicates(pl.LightningModule):
+    """Synchronizes its logs and gathers in its step, as users do."""
+
+    def __init__(self, manual=False):
+        super().__init__()
+        self.automatic_optimization = not manual
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+        self.count = 0
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        self.count += 1
+        loss = F.cross_entropy(self.net(x), y)
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("mean", self.all_gather(loss.detach()).mean())
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+class Digest(pl.Callback):
+    """Everything on every rank, brought home by rank zero."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_end(self, trainer, pl_module):
+        mine = {
+            "weights": {k: v.clone() for k, v in pl_module.state_dict().items()},
+            "optimizer": str(trainer.optimizers[0].state_dict()),
+            "gradients": [None if p.grad is None else p.grad.clone() for p in pl_module.parameters()],
+            "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()),
+            "count": pl_module.count,
+            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("hessian")},
+        }
+        everyone = [None] * trainer.world_size
+        dist.all_gather_object(everyone, mine)
+        if trainer.is_global_zero:
+            torch.save(everyone, self.file)
+
+
+def trained(folder, monitors, data=None, **options):
+    folder.mkdir()
+    pl.seed_everything(1)
+    manual = options.pop("manual", False)
+    fit(
+        [*monitors, Digest(folder / "digest.pt")],
+        Communicates(manual),
+        loader(NoisySamples(), batch_size=6, shuffle=True) if data is None else loader(data(), batch_size=6),
+        max_epochs=3,
+        logger=CSVLogger(folder, name="", version=""),
+        **two(),
+        **options,
+    )
+    return torch.load(folder / "digest.pt", weights_only=False), user_rows(folder / "metrics.csv")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}, {"manual": True}, {"data": NoisyStream}],
+    ids=["plain", "accumulation and clipping", "manual optimization", "iterable data"],
+)
+def test_a_run_on_two_ranks_is_the_run_without_monitors(tmp_path, options):
+    def monitors():
+        return [
+            HessianMonitor(every_n_train_steps=1, probe=Probe(size=24)),
+            HessianMonitor(every_n_train_steps=2, probe=Probe(first_batches=2), name="first", monitor=True),
+            HessianMonitor(every_n_train_steps=3, probe=Probe(current_batch=True), name="current", pair=False),
+        ]
+
+    without = trained(tmp_path / "without", [], **options)
+    measured = monitors()
+    with_monitors = trained(tmp_path / "with", measured, **options)
+    for mine, theirs in zip(without[0], with_monitors[0], strict=True):
+        assert [key for key in mine if not equal(mine[key], theirs[key])] == []
+    assert without[1] == with_monitors[1]
+    assert all(len(monitor.history) > 2 for monitor in measured)
+
+
+def test_values_do_not_depend_on_the_number_of_ranks():
+    histories = []
+    for options in ({}, two()):
+        monitor = HessianMonitor(2, 1, every_n_train_steps=1, probe=WHOLE, pair=False, engine="kept")
+        other = HessianMonitor(2, 1, every_n_train_steps=1, probe=Probe(size=9), pair=False, name="b", engine="rebuilt")
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+        # three batches: one rank has two of them, the other one and a repetition that does not count
+        data = mini_batches(n=20, batch_size=8)
+        fit([monitor, other], Regression(net, lr=0.0), data, max_epochs=1, **options)
+        histories.append((monitor.history[0], other.history[0]))
+    for one, both in zip(*histories, strict=True):
+        for key, value in one.scalars.items():
+            if "bottom" not in key:
+                assert both.scalars[key] == pytest.approx(value, rel=1e-4), key
+        assert one.notes["probe"]["n"] == both.notes["probe"]["n"]
+
+
+class FailsOnOneRank(Regression):
+    """Its step fails on rank one, in measurements only, from the third step on."""
+
+    def training_step(self, batch, batch_idx):
+        from lightning_dynamics.callbacks.stand_ins import NullOptimizer
+
+        measuring = isinstance(self.optimizers(), NullOptimizer)
+        if measuring and self.trainer.global_rank == 1 and self.trainer.global_step >= 2:
+            raise RuntimeError("out of luck")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.chaos
+@pytest.mark.filterwarnings("ignore:Rank 1 failed in its part", "ignore:HessianMonitor skips a point")
+def test_a_rank_that_fails_costs_points_and_nothing_else():
+    monitor = HessianMonitor(1, 0, every_n_train_steps=1, probe=WHOLE, pair=False)
+    module = FailsOnOneRank(lr=1e-3)
+    trainer = fit(monitor, module, mini_batches(n=24, batch_size=4), max_epochs=2, **two(timeout=30))
+    assert [r.step for r in monitor.history] == [0, 1]
+    assert trainer.state.finished
+
+
+@pytest.mark.chaos
+def test_misuse_is_an_error_on_all_ranks():
+    from torch.multiprocessing import ProcessRaisedException
+
+    with pytest.raises(ProcessRaisedException, match="ask for more eigenvalues than there are measured"):
+        fit(HessianMonitor(top_k=5, probe=WHOLE), Regression(), full_batch(), **two(timeout=30))
+
+
+def test_every_rank_can_monitor_the_values():
+    class Stops(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = bool(trainer.callback_metrics["hessian/top_1"] > 0)
+
+    monitor = HessianMonitor(1, 0, every_n_train_steps=1, probe=WHOLE, pair=False, monitor=True)
+    fit([monitor, Stops()], Regression(lr=1e-3), max_epochs=50, **two(timeout=30))
+    assert monitor.history[-1].step == 1
