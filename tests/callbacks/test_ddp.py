@@ -86,7 +86,7 @@ def trained(folder, monitors, data=None, **options):
         [*monitors, Digest(folder / "digest.pt")],
         Communicates(manual),
         loader(NoisySamples(), batch_size=6, shuffle=True) if data is None else loader(data(), batch_size=6),
-        max_epochs=3,
+        max_epochs=2,
         logger=CSVLogger(folder, name="", version=""),
         **two(),
         **options,
@@ -113,7 +113,7 @@ def test_a_run_on_two_ranks_is_the_run_without_monitors(tmp_path, options):
     for mine, theirs in zip(without[0], with_monitors[0], strict=True):
         assert [key for key in mine if not equal(mine[key], theirs[key])] == []
     assert without[1] == with_monitors[1]
-    assert all(len(monitor.history) > 2 for monitor in measured)
+    assert all(len(monitor.history) >= 2 for monitor in measured)
 
 
 def test_values_do_not_depend_on_the_number_of_ranks():
