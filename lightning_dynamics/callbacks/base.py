@@ -128,11 +128,18 @@ class DynamicsMonitor(Callback):
         if self._session is not None:
             records: list[Record] = self._session.records
         else:
-            pointer = self._pointer()
-            if not pointer.exists():
-                return []
-            records = read_records(pointer.read_text(encoding="utf-8"))
+            path = self.record_path
+            records = [] if path is None else read_records(path)
         return [record for record in records if record.monitor == self.label]
+
+    @property
+    def record_path(self) -> Path | None:
+        """The file with this run's measurements; None before the first one, on other ranks, and in a trial run."""
+        if self._session is not None:
+            path = self._session.path
+        else:
+            path = self._pointer().read_text(encoding="utf-8") if self._pointer().exists() else None
+        return None if path is None else Path(path)
 
     # The hooks: each hands over to the session, which acts once for all monitors.
 
@@ -172,8 +179,8 @@ class DynamicsMonitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._leads(trainer):
             self._session.close()
-        if self._session is not None and os.getpid() != self._home and self._session.path is not None:
-            self._pointer().write_text(str(self._session.path), encoding="utf-8")
+        if os.getpid() != self._home and self.record_path is not None:
+            self._pointer().write_text(str(self.record_path), encoding="utf-8")
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._session is None else self._session.state_of(self)

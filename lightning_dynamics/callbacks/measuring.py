@@ -96,7 +96,7 @@ def explain(error: BaseException) -> Failure:
     """What an exception means to a user: a mistake with its cure, or weather."""
     if isinstance(error, Interrupted):
         return Failure(str(error), is_weather=True)
-    if is_oom_error(error):
+    if is_oom_error(error) or isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         if torch.cuda.is_available():
             garbage_collection_cuda()
         return Failure(f"out of memory ({_first_line(error)})", is_weather=True)
