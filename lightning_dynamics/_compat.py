@@ -22,6 +22,7 @@ __all__ = [
     "is_param_in_hook_signature",
     "is_trial",
     "optimizer_lists",
+    "parts",
     "ready_batch",
     "scheduler_configs_with",
     "training_loaders",
@@ -29,6 +30,9 @@ __all__ = [
 
 LOGGERS = "_loggers"
 """Attribute of the Trainer that holds its loggers."""
+
+OPTIMIZERS = ("_optimizers", "_lightning_optimizers")
+"""Attributes of the strategy that hold the optimizers, bare and wrapped."""
 
 CURRENT_HOOK = "_current_fx_name"
 """Attribute of a LightningModule that names the hook it is in."""
@@ -47,6 +51,19 @@ def batch_number(trainer: Trainer) -> int:
 def callbacks(trainer: Trainer) -> list[Callback]:
     """The Trainer's callbacks, in their order."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def parts(trainer: Trainer) -> list[object]:
+    """The Trainer and what belongs to it, which a module may hold references to."""
+    found = [
+        trainer,
+        trainer.strategy,
+        trainer.fit_loop,
+        getattr(trainer, "datamodule", None),
+        trainer._logger_connector,
+        trainer._data_connector,
+    ]
+    return [part for part in found if part is not None]
 
 
 def is_trial(trainer: Trainer) -> bool:

@@ -166,18 +166,7 @@ class _Step:
 
     def kept(self) -> list[object]:
         """Objects that stay themselves: everything of the Trainer's."""
-        trainer = self._trainer
-        parts = (
-            trainer,
-            trainer.strategy,
-            trainer.fit_loop,
-            getattr(trainer, "datamodule", None),
-            trainer._logger_connector,
-            trainer._data_connector,
-            *_compat.callbacks(trainer),
-            *trainer.loggers,
-        )
-        return [part for part in parts if part is not None]
+        return [*_compat.parts(self._trainer), *_compat.callbacks(self._trainer), *self._trainer.loggers]
 
     def replaced(self) -> list[tuple[object, object]]:
         """Optimizers and schedulers with their stand-ins."""
@@ -195,8 +184,7 @@ class _Step:
         trainer, strategy = self._trainer, self._trainer.strategy
         triples: list[tuple[object, str, Any]] = [
             (trainer, _compat.LOGGERS, [_compat.DummyLogger()] if trainer.loggers else []),
-            (strategy, "_optimizers", self._optimizers),
-            (strategy, "_lightning_optimizers", self._optimizers),
+            *((strategy, name, self._optimizers) for name in _compat.OPTIMIZERS),
             (strategy, "lr_scheduler_configs", _compat.scheduler_configs_with(trainer, NullScheduler)),
         ]
         silent = ("log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")

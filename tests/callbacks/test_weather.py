@@ -278,7 +278,7 @@ def test_an_interrupt_during_a_measurement_ends_the_fit_with_the_real_weights():
     module = InMeasurements(lambda: os.kill(os.getpid(), signal.SIGINT))
     weight = module.net.weight
     monitor = tracked(engine="rebuilt")
-    with pytest.raises((SystemExit, KeyboardInterrupt)), pytest.warns(UserWarning):
+    with pytest.raises((SystemExit, KeyboardInterrupt)), pytest.warns(UserWarning, match="skips a point"):
         fit([monitor, Looks()], module, max_epochs=5)
     bare = Regression(seeded(), lr=1e-3)
     fit([], bare, max_epochs=2)

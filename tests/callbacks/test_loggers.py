@@ -1,0 +1,161 @@
+"""What a whole fit leaves in each logger, read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+from helpers.clients import wandb_records
+from helpers.fit import fit, full_batch
+from helpers.modules import Regression
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
+from lightning_dynamics import HessianMonitor, Probe, read_records
+
+pytestmark = pytest.mark.clients
+
+WHOLE = Probe(whole=True)
+
+
+def two_monitors():
+    return [
+        HessianMonitor(2, 1, every_n_train_steps=2, probe=WHOLE),
+        HessianMonitor(1, 0, every_n_train_steps=2, probe=Probe(size=10, batch_size=5), name="small"),
+    ]
+
+
+def trained(logger, epochs=5, monitors=None, **options):
+    monitors = two_monitors() if monitors is None else monitors
+    fit(monitors, Regression(lr=1e-3), full_batch(), max_epochs=epochs, logger=logger, **options)
+    return monitors
+
+
+def test_tensorboard_shows_the_curves_the_layout_and_the_text(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    monitor, small = trained(TensorBoardLogger(tmp_path, name="", version="run"))
+    events = EventAccumulator(str(tmp_path / "run"), {"scalars": 0, "tensors": 0})
+    events.Reload()
+    for record in (*monitor.history, *small.history):
+        for key, value in record.scalars.items():
+            if key in events.Tags()["scalars"]:
+                logged = {e.step: e.value for e in events.Scalars(key)}
+                assert logged[record.step] == pytest.approx(value, rel=1e-6)
+    steps = [event.step for event in events.Scalars("hessian/top_1")]
+    assert steps == [0, 2, 4, 5]
+    assert "hessian/top_1_swing" not in events.Tags()["scalars"]
+
+    (layout,) = events.Tensors("custom_scalars__config__")
+    parsed = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
+    charts = {(c.title, chart.title): list(chart.multiline.tag) for c in parsed.category for chart in c.chart}
+    assert {c.title for c in parsed.category} == {"Hessian", "Hessian (small)", "Cost of the monitors"}
+    assert charts[("Hessian", "Sharpness and threshold")] == [r"^hessian/top_1$", r"^hessian/stability_threshold$"]
+    drawn = [key for key in events.Tags()["scalars"] if re.match("hessian|dynamics", key)]
+    for key in drawn:
+        assert any(re.match(pattern, key) for patterns in charts.values() for pattern in patterns), key
+
+    (tag,) = [tag for tag in events.Tags()["tensors"] if "about" in tag]
+    text = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+    for fact in ("the whole training set, 24 samples of 24 (100 %)", "10 samples of 24 (41.7 %)", "every 2 steps"):
+        assert fact in text
+
+
+def test_the_dashboard_has_at_most_the_scalars_that_were_promised(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    trained(logger, monitors=[HessianMonitor(probe=WHOLE, every_n_train_steps=1)])
+    columns = set((tmp_path / "metrics.csv").read_text().splitlines()[0].split(","))
+    ours = {key for key in columns if key.startswith(("hessian/", "dynamics/"))}
+    assert ours == {
+        "hessian/edge_ratio",
+        "hessian/top_1",
+        "hessian/top_2",
+        "hessian/top_3",
+        "hessian/bottom_1",
+        "hessian/stability_threshold",
+        "hessian/probe_loss",
+        "hessian/gradient_norm",
+        "dynamics/overhead",
+        "dynamics/skipped",
+    }
+
+
+def test_csv_has_one_row_per_measured_step(tmp_path):
+    monitor, small = trained(CSVLogger(tmp_path, name="", version=""))
+    table = csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines())
+    rows = [row for row in table if row["hessian/top_1"]]
+    assert [int(row["step"]) for row in rows] == [0, 2, 4, 5]
+    for row, record, other in zip(rows, monitor.history, small.history, strict=True):
+        assert float(row["hessian/top_1"]) == pytest.approx(record.scalars["hessian/top_1"])
+        assert float(row["hessian_small/top_1"]) == pytest.approx(other.scalars["hessian_small/top_1"])
+
+
+def test_wandb_has_one_row_per_measured_step_on_its_own_axis(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger("run", tmp_path, offline=True, project="test")
+    monitor, _ = trained(logger)
+    run_dir = logger.experiment.dir
+    wandb.finish()
+    records = wandb_records(run_dir)
+    rows = []
+    for record in records:
+        if record.HasField("history"):
+            row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            if "hessian/top_1" in row:
+                rows.append(row)
+    assert [row["trainer/global_step"] for row in rows] == [0, 2, 4, 5]
+    assert all("hessian_small/top_1" in row and "dynamics/overhead" in row for row in rows)
+    assert rows[0]["hessian/top_1"] == pytest.approx(monitor.history[0].scalars["hessian/top_1"])
+    metrics = {record.metric.glob_name: record.metric.step_metric for record in records if record.HasField("metric")}
+    assert metrics["hessian/*"] == metrics["hessian_small/*"] == "trainer/global_step"
+    assert [r.step for r in read_records(monitor.record_path)] == [0, 0, 2, 2, 4, 4, 5, 5]
+
+
+def test_wandb_runs_have_records_of_their_own(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    places = []
+    for _ in range(2):
+        monitors = trained(WandbLogger("run", tmp_path, offline=True, project="test"))
+        places.append(monitors[0].record_path)
+        wandb.finish()
+    assert places[0].parent != places[1].parent
+
+
+def test_several_loggers_get_the_same_points(tmp_path):
+    trained([TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "a"), CSVLogger(tmp_path / "b", "other")])
+    tables = [next((tmp_path / place).rglob("metrics.csv")).read_text() for place in ("a", "b")]
+    assert tables[0] == tables[1]
+
+
+def test_without_a_logger_there_are_records(tmp_path):
+    monitors = trained(False, default_root_dir=tmp_path)
+    (file,) = tmp_path.rglob("dynamics.jsonl")
+    assert monitors[0].record_path == file
+    assert [r.step for r in read_records(file.parent)] == [0, 0, 2, 2, 4, 4, 5, 5]
+    trained(False, default_root_dir=tmp_path)
+    assert len(list(tmp_path.rglob("dynamics.jsonl"))) == 2
+
+
+def test_the_header_says_what_the_run_was(tmp_path):
+    class Secretive(Regression):
+        def __init__(self, api_key="abc", width=3):
+            super().__init__(lr=1e-3)
+            self.save_hyperparameters()
+
+    monitor = HessianMonitor(2, 1, every_n_train_steps=2, probe=WHOLE)
+    fit(monitor, Secretive(), max_epochs=1, default_root_dir=tmp_path)
+    text = monitor.record_path.read_text()
+    header = json.loads(text.splitlines()[0])
+    assert header["hyperparameters"] == {"width": 3}
+    assert "abc" not in text
+    assert header["module"] == "Secretive"
+    assert header["monitors"]["HessianMonitor"]["probe"]["n"] == 24
+    assert "SGD" in header["monitors"]["HessianMonitor"]["threshold_rule"]
+    assert set(header["versions"]) == {"lightning_dynamics", "lightning", "torch", "python"}
+    assert header["quantities"]["hessian/top_1"]["unit"] == "loss/θ²"

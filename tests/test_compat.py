@@ -1,0 +1,76 @@
+"""Every private name of Lightning that is in use, exercised: a new release that drops one is noticed here."""
+
+from __future__ import annotations
+
+import inspect
+
+import lightning.pytorch as pl
+import torch
+from helpers.fit import fit, mini_batches
+from helpers.modules import Regression
+
+from lightning_dynamics import _compat
+
+
+class Looks(pl.Callback):
+    """Asks each name in the middle of a run."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step != 4:
+            return
+        self.seen = {
+            "curve_step": _compat.curve_step(trainer),
+            "batch_number": _compat.batch_number(trainer),
+            "callbacks": _compat.callbacks(trainer),
+            "is_trial": _compat.is_trial(trainer),
+            "training_loaders": _compat.training_loaders(trainer),
+            "optimizer_lists": _compat.optimizer_lists(trainer),
+            "scheduler_configs_with": _compat.scheduler_configs_with(trainer, lambda scheduler: "stand-in"),
+            "parts": _compat.parts(trainer),
+            "ready_batch": _compat.ready_batch(trainer, pl_module, [batch[0].double(), "text"]),
+            "is_param_in_hook_signature": _compat.is_param_in_hook_signature(pl_module.training_step, "batch_idx"),
+            "attributes": [
+                hasattr(trainer, _compat.LOGGERS),
+                hasattr(pl_module, _compat.CURRENT_HOOK),
+                *(hasattr(trainer.strategy, name) for name in _compat.OPTIMIZERS),
+            ],
+            "DummyLogger": _compat.DummyLogger().experiment,
+        }
+        _compat.expose_metrics(trainer, {"exposed": 3.0})
+        self.seen["expose_metrics"] = trainer.callback_metrics["exposed"]
+
+
+class Scheduled(Regression):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2), "frequency": 3}]
+
+
+def test_every_private_name_does_what_is_said_of_it():
+    looks, data = Looks(), mini_batches()
+    module = Scheduled()
+    trainer = fit(looks, module, data)
+    seen = looks.seen
+    assert set(seen) == set(_compat.__all__) | {"attributes"}
+    assert seen["curve_step"] == 4
+    assert seen["batch_number"] == 1
+    assert looks in seen["callbacks"]
+    assert seen["is_trial"] is False
+    assert seen["training_loaders"] == [data]
+    (real,), (wrapped,) = seen["optimizer_lists"]
+    assert isinstance(real, torch.optim.SGD)
+    assert wrapped.optimizer is real
+    (config,) = seen["scheduler_configs_with"]
+    assert (config.scheduler, config.frequency) == ("stand-in", 3)
+    assert trainer.lr_scheduler_configs[0].scheduler != "stand-in"
+    assert seen["ready_batch"][0].dtype == torch.float64
+    assert seen["is_param_in_hook_signature"] is True
+    assert seen["attributes"] == [True] * 4
+    assert {trainer, trainer.strategy, trainer.fit_loop} < set(seen["parts"])
+    assert seen["expose_metrics"] == 3
+    assert seen["DummyLogger"].anything() is None
+
+
+def test_every_name_is_listed():
+    functions = {name for name, value in vars(_compat).items() if inspect.isfunction(value)}
+    assert functions - {"replace"} <= set(_compat.__all__)
