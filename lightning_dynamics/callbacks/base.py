@@ -74,7 +74,7 @@ class DynamicsMonitor(Callback):
     @property
     @abstractmethod
     def products_per_point(self) -> float:
-        """Hessian products that one point of a steady run costs, for the default cadence."""
+        """Hessian products that one point costs, pair and graphs included, when points are far apart."""
 
     @abstractmethod
     def measure(self, point: Point) -> Measured:

@@ -18,21 +18,22 @@ from lightning_dynamics.callbacks.probe import ProbeData
 from lightning_dynamics.objective import HessianOperator, symmetry_defect
 
 _PRODUCT = 2.3  # gradients per Hessian product, for the default cadence
+_READABLE = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
 _SYMMETRIC = {torch.float64: 1e-6, torch.float32: 1e-3}  # defects that rounding explains
 _SYMMETRIC_NARROW = 0.1  # under autocast
 
 
 def default_cadence(trainer: Trainer, monitor: DynamicsMonitor, data: ProbeData, budget: float) -> int:
-    """Steps between points at which they cost ``budget`` of training, rounded up to 1, 2, 5, 10 and on.
+    """Steps between points at which they cost ``budget`` of training, rounded up to a number that is easy to read.
 
     A step costs one gradient on a batch, a point ``products_per_point`` products of 2.3 gradients each on the probe.
     """
     batches = len(data.items) + data.wanted
     per_batch = trainer.accumulate_grad_batches
-    products = monitor.products_per_point * (2 if monitor.pair else 1) * monitor.options.noise_draws
+    products = monitor.products_per_point * monitor.options.noise_draws
     least = products * _PRODUCT * max(1, batches) / per_batch / budget
-    power = 10 ** math.floor(math.log10(least)) if least >= 1 else 1
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= least)
+    power = 10 ** math.floor(math.log10(least)) if least >= 10 else 1
+    return next(math.ceil(m * power) for m in _READABLE if m * power >= least)
 
 
 def preflight(monitors: Sequence[DynamicsMonitor], narrow: bool, hessian: HessianOperator) -> None:

@@ -70,9 +70,10 @@ class HessianMonitor(DynamicsMonitor):
         out a missed one could lie.
 
     Cost:
-        A point costs about 8 Hessian products after a first one of 20 to 30 (with the defaults), twice with ``pair``,
-        at 1.4 to 2.8 gradients on the probe each, and 1 to 3 gradients to build the graph. Memory: that graph (3 to 4
-        training steps on the probe), up to 64 vectors of the size of the parameters during a measurement, 8 between.
+        With the defaults a measurement takes 20 to 30 Hessian products at first, 8 to 22 later, and about 7 at the
+        second step of a pair, at 1.4 to 2.8 gradients on the probe each; and 3 gradients to build the graph. Memory:
+        that graph (3 to 4 training steps on the probe), up to 64 vectors of the size of the parameters during a
+        measurement, 8 between.
 
     Example:
         >>> from lightning_dynamics import HessianMonitor, Probe
@@ -131,8 +132,11 @@ class HessianMonitor(DynamicsMonitor):
 
     @property
     def products_per_point(self) -> float:
-        # old vectors, guards and one direction outside of them; the check now and then; two products' worth of building
-        return self.top_k + self.bottom_k + 3 + 8 / _CHECK_EVERY + 2
+        # points that far apart find the vectors turned; within a pair they have hardly moved
+        pairs = self.top_k + self.bottom_k
+        first, second = 4 + 4 * pairs, 3 + pairs
+        check, graph = 8 / _CHECK_EVERY, 1.3
+        return first + graph + check + (second + graph if self.pair else 0)
 
     def describe(self) -> dict[str, Any]:
         return {

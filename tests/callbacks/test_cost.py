@@ -1,0 +1,90 @@
+"""What a measurement costs, counted: products, gradients, and the default cadence that follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.fit import fit, full_batch, mini_batches
+from helpers.modules import Regression
+from torch import nn
+
+from lightning_dynamics import HessianMonitor, Probe
+from lightning_dynamics.objective.loss import Linearization, Objective
+
+GRADIENTS_PER_PRODUCT = 2.3
+BUDGET = 0.15
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Products, and evaluations of the loss, of everything that is measured."""
+    counts = {"products": 0, "losses": 0}
+    product, evaluate = Linearization.product, Objective._evaluate
+
+    def counting_product(self, *arguments):
+        counts["products"] += 1
+        return product(self, *arguments)
+
+    def counting_evaluate(self, *arguments):
+        counts["losses"] += 1
+        return evaluate(self, *arguments)
+
+    monkeypatch.setattr(Linearization, "product", counting_product)
+    monkeypatch.setattr(Objective, "_evaluate", counting_evaluate)
+    return counts
+
+
+def network():
+    torch.manual_seed(0)
+    return Regression(nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 1)), lr=1e-3)
+
+
+def test_by_default_monitors_cost_what_is_promised(counted):
+    """The promise is in gradients on the probe: 15 % of those that training computes, in the long run."""
+    monitor = HessianMonitor(probe=Probe(size=24), engine="kept")
+    trainer = fit(monitor, network(), full_batch(), max_epochs=3000)
+    spent = counted["products"] * GRADIENTS_PER_PRODUCT + counted["losses"] * 3
+    assert len(monitor.history) >= 5
+    assert spent <= BUDGET * trainer.global_step
+
+
+def test_kept_graphs_need_one_evaluation_of_each_batch(counted):
+    monitor = HessianMonitor(every_n_train_steps=1, probe=Probe(whole=True), pair=False, engine="kept")
+    fit(monitor, network(), mini_batches(24, 8), max_epochs=1)
+    points, batches = 4, 3
+    assert counted["losses"] == 1 + points * batches  # one for the preflight
+
+
+def test_two_monitors_on_the_same_data_share_the_graph(counted):
+    monitors = [
+        HessianMonitor(1, 0, every_n_train_steps=1, probe=Probe(whole=True), pair=False, engine="kept", name=name)
+        for name in ("a", "b")
+    ]
+    fit(monitors, network(), mini_batches(24, 8), max_epochs=1)
+    assert counted["losses"] == 1 + 4 * 3
+
+
+def test_the_notes_say_how_many_products_a_point_took(counted):
+    monitor = HessianMonitor(2, 1, every_n_train_steps=100, probe=Probe(whole=True), pair=False)
+    fit(monitor, network(), mini_batches(24, 24), max_epochs=1)
+    preflight = 2
+    assert counted["products"] == preflight + sum(r.notes["products"] for r in monitor.history)
+
+
+def test_seconds_stand_with_every_point_and_their_share_in_the_loggers(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    monitor = HessianMonitor(1, 0, every_n_train_steps=2, probe=Probe(whole=True))
+    fit(monitor, network(), mini_batches(24, 24), max_epochs=9, logger=CSVLogger(tmp_path, name="", version=""))
+    assert all(0 < record.seconds < 10 for record in monitor.history)
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    share = float(lines[-1].split(",")[lines[0].split(",").index("dynamics/overhead")])
+    assert 0 < share < 1
+
+
+def test_between_points_nothing_is_computed(counted):
+    monitor = HessianMonitor(1, 0, every_n_train_steps=1000, probe=Probe(whole=True), pair=False)
+    fit(monitor, network(), mini_batches(24, 24), max_epochs=50)
+    one_point_each_end = counted["losses"]
+    fit(HessianMonitor(1, 0, every_n_train_steps=1000, probe=Probe(whole=True), pair=False), network(), max_epochs=100)
+    assert counted["losses"] == 2 * one_point_each_end
