@@ -1,4 +1,8 @@
 import pytest
+import torch
+
+# tensors are small here, and workers of pytest-xdist share the cores
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

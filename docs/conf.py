@@ -1,0 +1,51 @@
+"""Configuration of the documentation; ``sphinx-build -W docs docs/_build``."""
+
+from __future__ import annotations
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
+
+import lightning_dynamics
+from lightning_dynamics.callbacks.hessian import hessian_table
+from lightning_dynamics.callbacks.ledger import COST
+
+project = "lightning_dynamics"
+author = "The lightning_dynamics developers"
+copyright = "2026, " + author
+version = release = lightning_dynamics.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "lightning_dynamics"
+html_static_path = ["_static"]
+myst_enable_extensions = ["colon_fence", "dollarmath", "linkify"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_custom_sections = ["Logs", "Cost"]
+# the tables of quantities are read from the code
+
+TABLES = {"hessian": hessian_table(3, 1), "dynamics": COST}
+
+
+class Quantities(Directive):
+    """A table of what a monitor logs, from its declarations."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        table = TABLES[self.arguments[0]]
+        lines = ["| key | symbol | unit | what it is | error | source |", "|---|---|---|---|---|---|"]
+        for q in table.quantities:
+            key = f"`{table.family}/{q.key}`" + ("" if q.on_by_default else " (record)")
+            cells = (key, q.symbol, q.unit, q.definition, q.error, q.source)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        holder = nodes.container()
+        self.state.nested_parse(StringList(lines), self.content_offset, holder)
+        return holder.children
+
+
+def setup(app):
+    app.add_directive("quantities", Quantities)
