@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -60,3 +60,25 @@ def _full_matmul_precision() -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
+
+
+def refuse_reentrant_checkpointing(loss: Tensor) -> None:
+    """Refuse a loss that was computed with reentrant activation checkpointing.
+
+    ``torch.autograd.grad`` does not see the parameters within such a segment, and takes their gradient for zero.
+
+    Raises:
+        ValueError: If there is such a segment in the loss's graph.
+    """
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "The step uses activation checkpointing of the reentrant kind, which hides parameters from "
+                "differentiation. Pass `use_reentrant=False` to `torch.utils.checkpoint.checkpoint`."
+            )
+        waiting.extend(parent for parent, _ in node.next_functions)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_dynamics.objective.double_backward import twice_differentiable
+from lightning_dynamics.objective.double_backward import refuse_reentrant_checkpointing, twice_differentiable
 from lightning_dynamics.objective.memory import SavedBytes, available_memory
 from lightning_dynamics.objective.parameters import Layout, ParameterFilter, select_parameters
 from lightning_dynamics.objective.sandbox import Clones, Sandbox, fork_rng, private_copy, seed_everything
@@ -50,6 +50,7 @@ class Objective:
         dtype: Narrowest floating type to compute in; parameters, buffers and batches below it are raised to it. None
             keeps every type as it is.
         engine: See :data:`Engine`; ``"auto"`` keeps the graphs if they fit into half of the memory that is free.
+        beside: Objects whose state is private too, like the module's.
         keep: Objects that the sandbox does not copy.
         replace: Stand-ins for objects met while copying.
         overrides: Attributes set while the sandbox is open.
@@ -72,6 +73,7 @@ class Objective:
         training: bool | None = None,
         dtype: torch.dtype | None = torch.float32,
         engine: Engine = "auto",
+        beside: Iterable[object] = (),
         keep: Iterable[object] = (),
         replace: Iterable[tuple[object, object]] = (),
         overrides: Iterable[tuple[object, str, Any]] = (),
@@ -100,8 +102,11 @@ class Objective:
         self._dtype = dtype
         self._context = context
         self._bytes: int | None = None
+        self._is_settled = False
+        self._is_inspected = False
         self._sandbox = Sandbox(
             module,
+            beside=beside,
             dtype=dtype,
             keep=keep,
             replace=replace,
@@ -131,6 +136,24 @@ class Objective:
         """The private leaf that stands for a parameter during an evaluation; another tensor stands for itself."""
         return self._sandbox.leaf_of(parameter)
 
+    def settle(self) -> None:
+        """Note that the loss has been computed: what a step writes to its weights from here on changes nothing.
+
+        Called by itself when the loss function returns; earlier by loss functions that compute the loss, differentiate
+        it and then do more (a manual step that clamps its weights).
+
+        Raises:
+            ValueError: If the step has written to its weights on the way to the loss.
+        """
+        written = self._sandbox.mend()
+        self._is_settled = True
+        if written:
+            raise ValueError(
+                f"The step writes to its own weights ({', '.join(written[:4])}{', …' if len(written) > 4 else ''}) on "
+                "the way to its loss, which is then not a function of them. Do that in a hook outside of the step, or "
+                "measure another loss with `loss_fn=`."
+            )
+
     @contextmanager
     def linearize(self) -> Iterator[Linearization]:
         """Open the objective at the current weights.
@@ -159,9 +182,13 @@ class Objective:
 
     def _evaluate(self, index: int, batch: Any, draw: int) -> Tensor | None:
         self._sandbox.renew()
+        self._is_settled = False
         seed_everything(stream_seed(self.seed, index, draw))
         loss = self._loss(self.module, private_copy(batch, self._dtype))
-        self._sandbox.mend()
+        if self._is_settled:
+            self._sandbox.mend()
+        else:
+            self.settle()
         if loss is None:
             return None
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -172,6 +199,9 @@ class Objective:
                 "The loss does not depend on any parameter: it carries no gradient. Was it detached, turned into a "
                 "number, or computed under `torch.no_grad()`?"
             )
+        if not self._is_inspected:
+            refuse_reentrant_checkpointing(loss)
+            self._is_inspected = True
         return loss.reshape(())
 
 

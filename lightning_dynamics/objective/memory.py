@@ -32,7 +32,8 @@ class SavedBytes:
         if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
             self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # not the tensor itself: an output that its own node saves would keep the graph alive for ever
+        return tensor.detach()
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -63,8 +63,8 @@ _DATA = (Dataset, DataLoader, Sampler)
 _CONTAINERS = (list, tuple, dict, deque)
 _LARGE = 1 << 20  # bytes from which a tensor attribute is copied once and not at every evaluation
 
-Clones = dict[int, tuple["weakref.ref[Tensor]", int, Tensor, int]]
-"""Private copies of large tensors: the original and its version, the copy and its version."""
+Clones = dict[int, tuple["weakref.ref[Tensor]", Tensor]]
+"""Private copies of large tensors: the original and its copy."""
 
 
 @contextmanager
@@ -102,11 +102,10 @@ def seed_everything(seed: int) -> None:
 def private_copy(batch: Any, dtype: torch.dtype | None = None) -> Any:
     """A copy of a batch that may be written to, with floating tensors narrower than ``dtype`` raised to it.
 
-    Tensors are found in the usual containers; other objects are deep-copied as they are.
+    Other objects than the usual containers are deep-copied, with the tensors in them treated in the same way.
     """
     if isinstance(batch, Tensor):
-        wide = dtype is not None and batch.is_floating_point() and _narrower(batch.dtype, dtype)
-        return batch.detach().to(dtype) if wide else batch.detach().clone()
+        return _raised(batch, dtype)
     if isinstance(batch, _IMMUTABLE):
         return batch
     if type(batch) in (list, tuple):
@@ -115,8 +114,18 @@ def private_copy(batch: Any, dtype: torch.dtype | None = None) -> Any:
         return type(batch)(*(private_copy(member, dtype) for member in batch))
     if type(batch) in (dict, OrderedDict):
         return type(batch)((key, private_copy(member, dtype)) for key, member in batch.items())
-    with _PrivateTensors():
+
+    def copy_tensor(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        private = memo[id(tensor)] = _raised(tensor, dtype)
+        return private
+
+    with _PrivateTensors(copy_tensor):
         return copy.deepcopy(batch)
+
+
+def _raised(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    wide = dtype is not None and tensor.is_floating_point() and narrower(tensor.dtype, dtype)
+    return tensor.detach().to(dtype) if wide else tensor.detach().clone()
 
 
 def _cuda_in_use() -> bool:
@@ -132,8 +141,9 @@ class Sandbox:
 
     What is replaced: parameters by the leaves that :meth:`leaves` returns (private storage, no hooks, no ``.grad``),
     buffers by clones, every other attribute of every submodule by a deep copy in which modules, parameters and buffers
-    map onto their private counterparts. :meth:`renew` starts over from the originals, so that each evaluation of a loss
-    sees the same state. Submodules that hide in lists and dicts are treated like registered ones.
+    map onto their private counterparts, iterators that cannot be copied by stand-ins that refuse to be drawn from.
+    :meth:`renew` starts over from the originals, so that each evaluation of a loss sees the same state. Submodules that
+    hide in lists and dicts are treated like registered ones.
 
     What is shared, and so could carry a trace out: data sets, loaders and samplers; objects that cannot be copied;
     module globals, class attributes, files, and whatever a hook closes over beyond the module. :attr:`shared` names the
@@ -141,6 +151,7 @@ class Sandbox:
 
     Args:
         module: The module.
+        beside: Objects whose attributes are replaced like the module's (a data module with a transform of its own).
         dtype: Floating type to raise narrower floating parameters and buffers to; None keeps each as it is.
         keep: Objects that are not copied where they are met (a trainer, loggers, …).
         replace: Pairs of an object and what stands for it inside (an optimizer and its stand-in).
@@ -154,6 +165,7 @@ class Sandbox:
         self,
         module: nn.Module,
         *,
+        beside: Iterable[object] = (),
         dtype: torch.dtype | None = None,
         keep: Iterable[object] = (),
         replace: Iterable[tuple[object, object]] = (),
@@ -164,15 +176,17 @@ class Sandbox:
     ) -> None:
         self.module = module
         self.shared: set[str] = set()
+        self._beside = list(beside)
         self._dtype = dtype
         self._keep = list(keep)
         self._replace = list(replace)
         self._overrides = list(overrides)
         self._training = training
         self._undo: list[Callable[[], None]] = []
-        self._originals: list[tuple[str, nn.Module, dict[str, Any]]] = []
-        self._parameters: list[nn.Parameter] = []
+        self._originals: list[tuple[str, object, dict[str, Any]]] = []
+        self._parameters: dict[str, nn.Parameter] = {}
         self._leaves: dict[int, Tensor] = {}
+        self._versions: dict[int, int] = {}
         self._clones: Clones = {} if clones is None else clones
         self._named_values = values
         self._values: dict[int, Tensor] = {}
@@ -200,39 +214,52 @@ class Sandbox:
         """Throw the private state away and copy the originals anew; leaves keep their identity and values."""
         memo: dict[int, Any] = {id(kept): kept for kept in self._keep}
         memo.update({id(original): stand_in for original, stand_in in self._replace})
-        for _, module, _ in self._originals:
-            memo[id(module)] = module
+        for _, owner, _ in self._originals:
+            memo[id(owner)] = owner
         memo.update(self._leaves)
         for _, _, original in self._originals:
-            for buffer in original["_buffers"].values():
+            for buffer in original.get("_buffers", {}).values():
                 if buffer is not None and id(buffer) not in memo:
                     memo[id(buffer)] = self._private(buffer)
-        for name, module, original in self._originals:
+        with _PrivateTensors(self._copy_tensor):
+            for name, parameter in self._parameters.items():
+                for key, value in vars(parameter).items():
+                    setattr(self._leaves[id(parameter)], key, self._copy(f"{name}.{key}", key, value, memo))
+        for name, owner, original in self._originals:
             prefix = f"{name}." if name else ""
             with _PrivateTensors(self._copy_tensor):
                 private = {key: self._copy(prefix + key, key, value, memo) for key, value in original.items()}
-            private["_parameters"] = {k: None if p is None else memo[id(p)] for k, p in original["_parameters"].items()}
-            private["_buffers"] = {k: None if b is None else memo[id(b)] for k, b in original["_buffers"].items()}
-            if self._training is not None:
+            for registry in ("_parameters", "_buffers"):
+                if registry in original:
+                    private[registry] = {k: None if t is None else memo[id(t)] for k, t in original[registry].items()}
+            if self._training is not None and isinstance(owner, nn.Module):
                 private["training"] = self._training
-            state = vars(module)
+            state = vars(owner)
             state.clear()
             state.update(private)
         for target, attribute, value in self._overrides:
             vars(target)[attribute] = value
 
-    def mend(self) -> None:
+    def mend(self) -> list[str]:
         """Give the leaves the values of the parameters again, past autograd's bookkeeping.
 
-        To be called after every evaluation: a step that writes into its own weights (a momentum encoder, weight
-        clipping) wrote into the leaves, and into what graphs built from them have saved.
+        To be called after every evaluation: a step that writes into weights (a momentum encoder, a constraint) wrote
+        into the leaves, and into what graphs built from them have saved.
+
+        Returns:
+            Names of the leaves that require a gradient and had another value than they were given.
         """
-        for parameter in self._parameters:
-            leaf = self._leaves[id(parameter)]
-            if leaf.shape == parameter.shape:
-                leaf.data.copy_(self._value(parameter))
-            else:
-                leaf.data = self._private(parameter)
+        written = []
+        for name, parameter in self._parameters.items():
+            leaf, value = self._leaves[id(parameter)], self._private(parameter)
+            if leaf.shape != value.shape:
+                leaf.data = value
+            elif not _equal(leaf.data, value):
+                leaf.data.copy_(value)
+                if leaf.requires_grad:
+                    written.append(name)
+            _set_version(leaf, self._versions[id(parameter)])
+        return written
 
     def _open(self) -> None:
         modules = _all_modules(self.module)
@@ -241,15 +268,19 @@ class Sandbox:
             self._values = {id(named[name]): value for name, value in self._named_values.items() if name in named}
         for name, module in modules:
             self._originals.append((name, module, self._remember(vars(module))))
-        inside = {id(module) for _, module in modules}
+        for owner in self._beside:
+            self._originals.append((type(owner).__name__, owner, self._remember(vars(owner))))
+        inside = {id(owner) for _, owner, _ in self._originals}
         for target in {id(t): t for t, _, _ in self._overrides if id(t) not in inside}.values():
             self._remember(vars(target))
-        for _, _, original in self._originals:
-            for parameter in original["_parameters"].values():
+        for name, _, original in self._originals:
+            for key, parameter in original.get("_parameters", {}).items():
                 if parameter is not None and id(parameter) not in self._leaves:
-                    self._parameters.append(parameter)
+                    self._parameters[f"{name}.{key}" if name else key] = parameter
                     private = self._private(parameter)
-                    self._leaves[id(parameter)] = nn.Parameter(private, requires_grad=parameter.requires_grad)
+                    leaf = nn.Parameter(private, requires_grad=parameter.requires_grad)
+                    self._leaves[id(parameter)] = leaf
+                    self._versions[id(parameter)] = leaf._version
         self.renew()
 
     def _remember(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -269,11 +300,12 @@ class Sandbox:
         self._originals.clear()
         self._parameters.clear()
         self._leaves.clear()
+        self._versions.clear()
         self._values.clear()
 
     def _private(self, tensor: Tensor) -> Tensor:
         value = self._value(tensor)
-        wide = self._dtype is not None and value.is_floating_point() and _narrower(value.dtype, self._dtype)
+        wide = self._dtype is not None and value.is_floating_point() and narrower(value.dtype, self._dtype)
         return value.to(self._dtype) if wide else value.clone()
 
     def _value(self, tensor: Tensor) -> Tensor:
@@ -301,6 +333,8 @@ class Sandbox:
         try:
             return copy.deepcopy(value, memo)
         except Exception:
+            if isinstance(value, Iterator):
+                return _Untouchable(path)
             self.shared.add(path)
             return value
 
@@ -309,12 +343,29 @@ class Sandbox:
         if tensor.numel() * tensor.element_size() < _LARGE:
             return _clone(tensor, memo)
         known = self._clones.get(id(tensor))
-        if known and known[0]() is tensor and known[1] == tensor._version and known[3] == known[2]._version:
-            private = memo[id(tensor)] = known[2]
+        # by value: writes through `.data` and to inference tensors are counted in no version
+        if known and known[0]() is tensor and _equal(known[1].detach(), tensor.detach()):
+            private = memo[id(tensor)] = known[1]
             return private
         private = _clone(tensor, memo)
-        self._clones[id(tensor)] = (weakref.ref(tensor), tensor._version, private, private._version)
+        self._clones[id(tensor)] = (weakref.ref(tensor), private)
         return private
+
+
+class _Untouchable:
+    """Stands for an iterator that cannot be copied: drawing from it would take items away from the run."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __iter__(self) -> _Untouchable:
+        return self
+
+    def __next__(self) -> Any:
+        raise TypeError(
+            f"The step draws from the iterator `{self._path}`, which cannot be copied: measuring would take items away "
+            "from the run. Let the Trainer load what it draws, or measure another loss with `loss_fn=`."
+        )
 
 
 class _PrivateTensors(TorchFunctionMode):
@@ -336,6 +387,24 @@ def _clone(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return private
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values, NaN counting as equal to itself."""
+    if one.shape != other.shape or one.dtype != other.dtype or one.layout != other.layout:
+        return False
+    if one.layout is not torch.strided or torch.equal(one, other):
+        return one.layout is torch.strided
+    return bool(one.is_floating_point() and torch.equal(one.nan_to_num(), other.nan_to_num()))
+
+
+def _set_version(leaf: Tensor, version: int) -> None:
+    """Set a leaf's version back once it has its value again, or its graphs would count as overwritten."""
+    if leaf._version != version:
+        try:
+            torch._C._autograd._unsafe_set_version_counter((leaf,), (version,))
+        except TypeError:  # the signature of older releases
+            torch._C._autograd._unsafe_set_version_counter(leaf, version)  # type: ignore[arg-type]
+
+
 def _keep_data(container: Any, memo: dict[int, Any]) -> None:
     """Share the data sets, loaders and samplers in a container instead of copying them."""
     for member in container.values() if isinstance(container, dict) else container:
@@ -345,7 +414,7 @@ def _keep_data(container: Any, memo: dict[int, Any]) -> None:
             _keep_data(member, memo)
 
 
-def _narrower(have: torch.dtype, want: torch.dtype) -> bool:
+def narrower(have: torch.dtype, want: torch.dtype) -> bool:
     return torch.finfo(have).bits < torch.finfo(want).bits
 
 
