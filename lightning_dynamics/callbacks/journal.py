@@ -135,10 +135,10 @@ class Journal:
         self._file = RecordFile(self._directory)
 
     def _try_to(self, write: Callable[[], None]) -> None:
-        """A disk that is full costs lines of the record file, not the run."""
+        """A disk that is full, or a value that cannot be written, costs lines of the record file, not the run."""
         try:
             write()
-        except OSError as error:
+        except Exception as error:
             self.failures += 1
             if not self._warned:
                 self._warned = True

@@ -137,7 +137,7 @@ class RecordFile:
     def _write(self, line: Mapping[str, Any]) -> None:
         # opened for each line: on disk at once, and nothing is left open whatever ends the run
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, allow_nan=False, ensure_ascii=False, default=str) + "\n")
+            stream.write(json.dumps(_plain(line), allow_nan=False, default=str) + "\n")
 
     def _relative(self, file: str | None) -> str | None:
         if file is None:
@@ -229,7 +229,7 @@ def new_name() -> str:
 
 def _segments_of(file: Path) -> list[Segment]:
     segments: list[Segment] = []
-    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         if not text.strip():
             continue
         try:
@@ -257,6 +257,15 @@ class _NewerSchemaError(Exception):
 
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def _plain(thing: Any) -> Any:
+    """The same with the name of each float that JSON has no number for, and strings for keys."""
+    if isinstance(thing, float):
+        return thing if math.isfinite(thing) else str(thing)
+    if isinstance(thing, Mapping):
+        return {str(key): _plain(value) for key, value in thing.items()}
+    return [_plain(value) for value in thing] if isinstance(thing, (list, tuple)) else thing
 
 
 def _finite(values: Mapping[str, float], reasons: dict[str, str]) -> dict[str, float | None]:
