@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ __all__ = [
     "batch_number",
     "callbacks",
     "curve_step",
+    "epoch_tracker",
     "expose_metrics",
     "is_param_in_hook_signature",
     "is_trial",
@@ -26,6 +28,7 @@ __all__ = [
     "ready_batch",
     "scheduler_configs_with",
     "training_loaders",
+    "transforming_datamodule",
 ]
 
 LOGGERS = "_loggers"
@@ -33,6 +36,12 @@ LOGGERS = "_loggers"
 
 OPTIMIZERS = ("_optimizers", "_lightning_optimizers")
 """Attributes of the strategy that hold the optimizers, bare and wrapped."""
+
+EPOCH = ("processed", "completed")
+"""Attributes of :func:`epoch_tracker`."""
+
+DTYPE = "_dtype"
+"""Attribute of a LightningModule that holds what it answers to ``self.dtype``."""
 
 CURRENT_HOOK = "_current_fx_name"
 """Attribute of a LightningModule that names the hook it is in."""
@@ -66,6 +75,13 @@ def parts(trainer: Trainer) -> list[object]:
     return [part for part in found if part is not None]
 
 
+def transforming_datamodule(trainer: Trainer) -> object | None:
+    """The data module, if it has a hand in what becomes of a batch after the loader."""
+    module = getattr(trainer, "datamodule", None)
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    return module if module is not None and any(is_overridden(hook, module) for hook in hooks) else None
+
+
 def is_trial(trainer: Trainer) -> bool:
     """Whether this is a ``fast_dev_run``, which writes nothing."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
@@ -86,6 +102,11 @@ def optimizer_lists(trainer: Trainer) -> tuple[list[Any], list[Any]]:
 def scheduler_configs_with(trainer: Trainer, stand_in: Any) -> list[Any]:
     """Copies of the scheduler configurations with ``stand_in(scheduler)`` for each scheduler."""
     return [replace(config, scheduler=stand_in(config.scheduler)) for config in trainer.strategy.lr_scheduler_configs]
+
+
+def epoch_tracker(trainer: Trainer) -> object:
+    """The object with the attribute that the Trainer calls its current epoch: one of :data:`EPOCH`, by version."""
+    return trainer.fit_loop.epoch_progress.current
 
 
 def expose_metrics(trainer: Trainer, values: Mapping[str, float]) -> None:

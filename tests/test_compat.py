@@ -21,17 +21,20 @@ class Looks(pl.Callback):
         self.seen = {
             "curve_step": _compat.curve_step(trainer),
             "batch_number": _compat.batch_number(trainer),
+            "epoch_tracker": [getattr(_compat.epoch_tracker(trainer), name) for name in _compat.EPOCH],
             "callbacks": _compat.callbacks(trainer),
             "is_trial": _compat.is_trial(trainer),
             "training_loaders": _compat.training_loaders(trainer),
             "optimizer_lists": _compat.optimizer_lists(trainer),
             "scheduler_configs_with": _compat.scheduler_configs_with(trainer, lambda scheduler: "stand-in"),
+            "transforming_datamodule": _compat.transforming_datamodule(trainer),
             "parts": _compat.parts(trainer),
             "ready_batch": _compat.ready_batch(trainer, pl_module, [batch[0].double(), "text"]),
             "is_param_in_hook_signature": _compat.is_param_in_hook_signature(pl_module.training_step, "batch_idx"),
             "attributes": [
                 hasattr(trainer, _compat.LOGGERS),
                 hasattr(pl_module, _compat.CURRENT_HOOK),
+                hasattr(pl_module, _compat.DTYPE),
                 *(hasattr(trainer.strategy, name) for name in _compat.OPTIMIZERS),
             ],
             "DummyLogger": _compat.DummyLogger().experiment,
@@ -54,8 +57,10 @@ def test_every_private_name_does_what_is_said_of_it():
     assert set(seen) == set(_compat.__all__) | {"attributes"}
     assert seen["curve_step"] == 4
     assert seen["batch_number"] == 1
+    assert seen["epoch_tracker"] == [1, 1]
     assert looks in seen["callbacks"]
     assert seen["is_trial"] is False
+    assert seen["transforming_datamodule"] is None
     assert seen["training_loaders"] == [data]
     (real,), (wrapped,) = seen["optimizer_lists"]
     assert isinstance(real, torch.optim.SGD)
@@ -65,7 +70,7 @@ def test_every_private_name_does_what_is_said_of_it():
     assert trainer.lr_scheduler_configs[0].scheduler != "stand-in"
     assert seen["ready_batch"][0].dtype == torch.float64
     assert seen["is_param_in_hook_signature"] is True
-    assert seen["attributes"] == [True] * 4
+    assert seen["attributes"] == [True] * 5
     assert {trainer, trainer.strategy, trainer.fit_loop} < set(seen["parts"])
     assert seen["expose_metrics"] == 3
     assert seen["DummyLogger"].anything() is None
@@ -73,4 +78,4 @@ def test_every_private_name_does_what_is_said_of_it():
 
 def test_every_name_is_listed():
     functions = {name for name, value in vars(_compat).items() if inspect.isfunction(value)}
-    assert functions - {"replace"} <= set(_compat.__all__)
+    assert functions - {"replace", "is_overridden"} <= set(_compat.__all__)

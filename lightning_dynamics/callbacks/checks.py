@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dynamics import _compat
@@ -36,8 +37,17 @@ def default_cadence(trainer: Trainer, monitor: DynamicsMonitor, data: ProbeData,
     return next(math.ceil(m * power) for m in _READABLE if m * power >= least)
 
 
+class AsymmetryError(ValueError):
+    """A second derivative is not symmetric by more than rounding explains."""
+
+
 def preflight(monitors: Sequence[DynamicsMonitor], narrow: bool, hessian: HessianOperator) -> None:
-    """Loss, gradient, two products, the symmetry test; and the monitors' own conditions."""
+    """Loss, gradient, two products, the symmetry test; and the monitors' own conditions.
+
+    Raises:
+        AsymmetryError: If the symmetry test fails. In single precision that may be rounding, where the second
+            derivative is a small difference of large terms (a network that is nearly certain of everything).
+    """
     for monitor in monitors:
         monitor.check(hessian.size)
     if not math.isfinite(hessian.loss) or not bool(hessian.gradient.isfinite().all()):
@@ -47,7 +57,7 @@ def preflight(monitors: Sequence[DynamicsMonitor], narrow: bool, hessian: Hessia
     if not math.isfinite(defect):
         raise FloatingPointError("a Hessian product on the first probe batch is not finite")
     if defect > allowed:
-        raise ValueError(
+        raise AsymmetryError(
             f"the second derivative that PyTorch computes is not symmetric (defect {defect:.2g}, rounding explains "
             f"{allowed:.0e}). Either the loss is not the same function at every evaluation, or an operation of the "
             "step has a wrong double backward (weight_norm has, as of torch 2.13)."
@@ -75,7 +85,7 @@ def takes_iterator(module: LightningModule) -> bool:
     return bool(_compat.is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True))
 
 
-def clip_factor(trainer: Trainer, optimizer: Optimizer) -> float | None:
+def clip_factor(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:
     """What the Trainer's clipping is about to multiply the gradient by; None where it does not clip."""
     limit = trainer.gradient_clip_val
     if not limit:
@@ -83,14 +93,18 @@ def clip_factor(trainer: Trainer, optimizer: Optimizer) -> float | None:
     gradients = [p.grad.detach() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients:
         return None
+    norm = _norm(gradients)
     if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
-        inside = torch.stack([torch.linalg.vector_norm(g.clamp(-limit, limit)) for g in gradients])
-        whole = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
-        factor = torch.linalg.vector_norm(inside) / torch.linalg.vector_norm(whole).clamp(min=1e-30)
+        factor = _norm([gradient.clamp(-limit, limit) for gradient in gradients]) / norm.clamp(min=1e-30)
     else:
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
         factor = limit / (norm + 1e-6)
-    return min(1.0, float(factor))
+    return factor.clamp(max=1.0)
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
+    norms: list[Tensor] = [norm.to(dense[0].device) for norm in torch._foreach_norm(dense)]
+    return torch.stack(norms).norm()  # type: ignore[no-any-return]
 
 
 def averaged_by(trainer: Trainer) -> str | None:

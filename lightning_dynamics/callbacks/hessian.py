@@ -181,8 +181,8 @@ class HessianMonitor(DynamicsMonitor):
         if point.has_halves and point.count % _BIAS_EVERY == 0:
             values["probe_bias"] = self._probe_bias(point, found)
         if point.clipping is not None and point.clipping.steps:
-            values["clip_factor"] = point.clipping.factors / point.clipping.steps
-            values["clipped_share"] = point.clipping.clipped / point.clipping.steps
+            values["clip_factor"] = point.clipping.mean_factor
+            values["clipped_share"] = point.clipping.clipped_share
             notes["clipping"] = "the ratio assumes the unclipped step"
         return Measured(self._keyed(values), self._keyed(errors), notes=notes)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from lightning_dynamics.callbacks.map_style import ProbeItem
 from lightning_dynamics.callbacks.probe import Probe
 from lightning_dynamics.callbacks.stand_ins import NullOptimizer, NullScheduler
 from lightning_dynamics.objective import Engine, Objective, ParameterFilter
-from lightning_dynamics.objective.sandbox import Clones, private_copy
+from lightning_dynamics.objective.sandbox import Clones, narrower, private_copy
 
 LossFn = str | Callable[[LightningModule, Any], Tensor]
 """A loss to measure instead of that of ``training_step``: the name of a method of the module that takes a batch, or a
@@ -89,6 +90,8 @@ def lightning_objective(
     *,
     values: Mapping[str, Tensor] | None = None,
     clones: Clones | None = None,
+    least: torch.dtype = torch.float32,
+    epoch: int | None = None,
 ) -> Objective:
     """This rank's part of an objective.
 
@@ -99,10 +102,14 @@ def lightning_objective(
         items: This rank's probe batches.
         values: Weights and buffers to evaluate at instead of the module's own.
         clones: Cache of large private tensors.
+        least: The precision to compute in at least, unless the run's own is asked for.
+        epoch: What the step shall take for the current epoch, None for what the Trainer says.
     """
     narrow = "16" in str(trainer.precision_plugin.precision) or "transformer" in str(trainer.precision_plugin.precision)
     as_trained = options.precision == "same"
-    dtype = None if as_trained else torch.float32
+    dtype = None if as_trained else least
+    loads = not all(item.is_ready for item in items)
+    datamodule = _compat.transforming_datamodule(trainer) if loads else None
     step = _Step(trainer, module, options.loss_fn, dtype)
     objective = Objective(
         module,
@@ -116,15 +123,16 @@ def lightning_objective(
         training=None if options.mode == "train" else False,
         dtype=dtype,
         engine=options.engine,
-        keep=step.kept(),
+        beside=[] if datamodule is None else [datamodule],
+        keep=[part for part in step.kept() if part is not datamodule],
         replace=step.replaced(),
-        overrides=step.overrides(),
+        overrides=step.overrides(epoch),
         values=values,
         clones=clones,
         # the plugin's context is autocast, or a default type narrower than float32, for the narrow precisions
         context=nullcontext if narrow and not as_trained else _step_context(trainer),
     )
-    step.leaf_of = objective.leaf_of
+    step.leaf_of, step.settle = objective.leaf_of, objective.settle
     return objective
 
 
@@ -143,6 +151,7 @@ class _Step:
         self, trainer: Trainer, module: LightningModule, loss_fn: LossFn | None, dtype: torch.dtype | None
     ) -> None:
         self.leaf_of: Callable[[Tensor], Tensor] = lambda parameter: parameter
+        self.settle: Callable[[], None] = lambda: None
         self._trainer = trainer
         self._module = module
         self._loss_fn = loss_fn
@@ -162,7 +171,7 @@ class _Step:
             return getattr(module, self._loss_fn)(batch)  # type: ignore[no-any-return]
         if self._loss_fn is not None:
             return self._loss_fn(module, batch)
-        return self._loss_of(module, _call_step(module, batch, index))
+        return self._loss_of(module, _call_step(module, batch, index // self._trainer.world_size))
 
     def kept(self) -> list[object]:
         """Objects that stay themselves: everything of the Trainer's."""
@@ -179,14 +188,17 @@ class _Step:
             pairs.append((config.scheduler, NullScheduler(config.scheduler)))
         return pairs
 
-    def overrides(self) -> list[tuple[object, str, Any]]:
+    def overrides(self, epoch: int | None) -> list[tuple[object, str, Any]]:
         """Side channels of the module and the Trainer, closed."""
         trainer, strategy = self._trainer, self._trainer.strategy
         triples: list[tuple[object, str, Any]] = [
+            (trainer, "profiler", PassThroughProfiler()),
             (trainer, _compat.LOGGERS, [_compat.DummyLogger()] if trainer.loggers else []),
             *((strategy, name, self._optimizers) for name in _compat.OPTIMIZERS),
             (strategy, "lr_scheduler_configs", _compat.scheduler_configs_with(trainer, NullScheduler)),
         ]
+        if epoch is not None:
+            triples += [(_compat.epoch_tracker(trainer), name, epoch) for name in _compat.EPOCH]
         silent = ("log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
         for submodule in self._module.modules():
             if isinstance(submodule, LightningModule):
@@ -196,6 +208,9 @@ class _Step:
                     (submodule, "manual_backward", self._manual_backward),
                     (submodule, _compat.CURRENT_HOOK, "training_step"),
                 ]
+                own = submodule.dtype
+                if self._dtype is not None and isinstance(own, torch.dtype) and narrower(own, self._dtype):
+                    triples.append((submodule, _compat.DTYPE, self._dtype))
         return triples
 
     def _stand_ins(self, use_pl_optimizer: bool = True) -> Any:
@@ -203,6 +218,7 @@ class _Step:
 
     def _manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         self._backward.append(loss)
+        self.settle()
         # the rest of the step may look at gradients: those of the private leaves
         torch.autograd.backward(loss, *args, **{**kwargs, "retain_graph": True})
 

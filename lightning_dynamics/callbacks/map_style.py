@@ -63,6 +63,11 @@ class MapStyleSource:
     members: Sequence[int]
     batch_size: int
 
+    @property
+    def everyone(self) -> list[int]:
+        """All samples, in order; without the incomplete batch at the end where training has none."""
+        return list(self.members)[: self._in_whole_batches(len(self.members))]
+
     @classmethod
     def of(cls, loaders: Sequence[Any], batch_size: int | None, num_batches: float) -> MapStyleSource | str:
         """The source behind the training loaders, or why there is none."""
@@ -94,6 +99,7 @@ class MapStyleSource:
         """A random subset, stratified by label where labels are plain, of whole batches where there are enough."""
         population = len(self.members)
         size = min(population, self.batch_size * math.ceil(wanted / self.batch_size))
+        size = self._in_whole_batches(size)
         generator = torch.Generator().manual_seed(stream_seed(seed, population))
         order = [self.members[i] for i in torch.randperm(population, generator=generator).tolist()]
         labels = _plain_labels(self.loader.dataset)
@@ -110,6 +116,11 @@ class MapStyleSource:
             counts[label] += 1
         chosen = {member for label, members in by_class.items() for member in members[: counts[label]]}
         return [member for member in order if member in chosen]
+
+    def _in_whole_batches(self, count: int) -> int:
+        """So many of the samples come in whole batches, where the loader drops an incomplete one."""
+        drops = self.loader.drop_last and count > self.batch_size
+        return count - count % self.batch_size if drops else count
 
 
 def _members(loader: DataLoader[Any], num_batches: float) -> Sequence[int] | str:

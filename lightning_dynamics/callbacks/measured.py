@@ -43,18 +43,27 @@ class Clipping:
 
     Attributes:
         steps: Optimizer steps.
-        clipped: Those whose gradient was shortened.
+        clipped: Those whose gradient was shortened; like :attr:`factors` on the gradients' device, lest each step waits
+            for it.
         factors: Sum of the factors that gradients were multiplied by.
     """
 
     steps: int = 0
-    clipped: int = 0
-    factors: float = 0.0
+    clipped: float | Tensor = 0.0
+    factors: float | Tensor = 0.0
 
-    def note(self, factor: float) -> None:
+    def note(self, factor: Tensor) -> None:
         self.steps += 1
-        self.clipped += factor < 1.0
-        self.factors += factor
+        self.clipped = self.clipped + (factor < 1.0)
+        self.factors = self.factors + factor
+
+    @property
+    def clipped_share(self) -> float:
+        return float(self.clipped) / self.steps
+
+    @property
+    def mean_factor(self) -> float:
+        return float(self.factors) / self.steps
 
 
 @dataclass(frozen=True)

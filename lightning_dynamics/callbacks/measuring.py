@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
+from lightning_dynamics.callbacks.checks import AsymmetryError
 from lightning_dynamics.callbacks.ranks import Interrupted, JointLinearization, RankError, Ranks
 from lightning_dynamics.callbacks.signals import DeferredSignals
 from lightning_dynamics.objective import HessianOperator, Linearization, Objective
@@ -24,10 +25,12 @@ class Failure:
     Attributes:
         reason: In words.
         is_weather: Whether it is nobody's mistake (memory, numbers that are not finite, a signal, another rank).
+        is_asymmetry: Whether the symmetry test failed.
     """
 
     reason: str
     is_weather: bool
+    is_asymmetry: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def explain(error: BaseException) -> Failure:
             is_weather=False,
         )
     if isinstance(error, ValueError):
-        return Failure(str(error), is_weather=False)
+        return Failure(str(error), is_weather=False, is_asymmetry=isinstance(error, AsymmetryError))
     return Failure(f"{type(error).__name__}: {text}", is_weather=False)
 
 

@@ -48,7 +48,7 @@ class MonitorState:
             "pending": pending,
             "seconds": self.seconds,
             "exposed": dict(self.exposed),
-            "clipping": [self.clipping.steps, self.clipping.clipped, self.clipping.factors],
+            "clipping": [self.clipping.steps, float(self.clipping.clipped), float(self.clipping.factors)],
         }
 
     @classmethod

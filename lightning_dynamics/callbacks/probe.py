@@ -118,9 +118,23 @@ class ProbeData:
         return {**self.kept, "kind": self.kind, "size": self.size} if self.is_complete else {}
 
     def copy_passing(self, batch: Any, rank: int, world_size: int) -> None:
-        """Take a batch that passes by, as long as some are wanted."""
+        """Take a batch that passes by, as long as some are wanted.
+
+        Raises:
+            MisconfigurationException: If the first batch cannot be copied.
+        """
         index = len(self.items) * world_size + rank
-        self.items.append(ProbeItem(private_copy(batch), index, is_ready=True, weight=batch_length(batch)))
+        try:
+            item = ProbeItem(private_copy(batch), index, is_ready=True, weight=batch_length(batch))
+        except Exception as error:
+            if not self.items:
+                raise MisconfigurationException(
+                    f"The probe cannot copy a batch of type {type(batch).__name__}: {error}. Pass a `dataloader=` with "
+                    "batches that can be copied, or give their class a `__deepcopy__`."
+                ) from error
+            # the ranks keep step with a repetition that does not count
+            item = ProbeItem(self.items[0].batch, index, is_ready=True, weight=0.0)
+        self.items.append(item)
         self.wanted -= 1
 
 
@@ -165,7 +179,7 @@ def read_probe(
     else:
         chosen = kept.get("samples") if kept else None
         if chosen is None:
-            chosen = list(source.members) if probe.whole else source.choose(probe.size, probe.seed)
+            chosen = source.everyone if probe.whole else source.choose(probe.size, probe.seed)
         if not chosen:
             raise MisconfigurationException("The training set is empty: there is nothing to probe.")
         try:
@@ -174,7 +188,7 @@ def read_probe(
             reason = f"reading the training set in a process of its own failed ({error!r})"
         else:
             return ProbeData(
-                "the whole training set" if probe.whole else "a random subset of the training set",
+                _whole(len(chosen), source) if probe.whole else "a random subset of the training set",
                 items,
                 size=len(chosen),
                 population=len(source.members),
@@ -200,6 +214,11 @@ def _read_loader(probe: Probe, rank: int, world_size: int) -> ProbeData:
         for index, counts in share_batches(len(batches), rank, world_size)
     ]
     return ProbeData("a loader of the user's", items, size=int(sum(length for _, length in batches)))
+
+
+def _whole(count: int, source: MapStyleSource) -> str:
+    complete = count == len(source.members)
+    return "the whole training set" + ("" if complete else " less the incomplete batch that the loader drops")
 
 
 def _batch_size_of(loaders: Sequence[Any]) -> int | None:

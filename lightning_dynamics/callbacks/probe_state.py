@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,21 @@ def keep_batches(items: Sequence[ProbeItem], ranks: Ranks, directory: Path | Non
     if directory is None:
         return {}
     buffer = io.BytesIO()
-    torch.save([(item.index, item.weight, item.batch) for item in items], buffer)
-    directory.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    file = directory / f"dynamics-probe-{digest[:12]}-rank{ranks.rank}.pt"
-    file.write_bytes(buffer.getvalue())
-    return {"files": ranks.gather([str(file), digest])}
+    file: Path | None = None
+    try:
+        torch.save([(item.index, item.weight, item.batch) for item in items], buffer)
+        directory.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+        file = directory / f"dynamics-probe-{digest[:12]}-rank{ranks.rank}.pt"
+        file.write_bytes(buffer.getvalue())
+    except Exception as error:
+        file = None
+        warnings.warn(
+            f"The probe's batches cannot be kept for a resume ({error!r}): a resumed run will measure on others.",
+            stacklevel=2,
+        )
+    files = ranks.gather(None if file is None else [str(file), digest])
+    return {} if None in files else {"files": files}
 
 
 def restore_batches(kept: Mapping[str, Any], rank: int, world_size: int) -> list[ProbeItem] | None:

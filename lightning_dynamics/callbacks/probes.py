@@ -21,6 +21,7 @@ class Probes:
 
     def __init__(self) -> None:
         self._data: dict[tuple[Any, ...], ProbeData] = {}
+        self._datasets: list[Any] = []
         self._ranks = Ranks(0, 1, torch.device("cpu"))
 
     def of(self, monitor: DynamicsMonitor) -> ProbeData:
@@ -30,8 +31,18 @@ class Probes:
     def read(
         self, trainer: Trainer, monitors: Sequence[DynamicsMonitor], ranks: Ranks, notify: Callable[[str], None]
     ) -> None:
-        """Read what the monitors ask for, or what a checkpoint kept of it; a probe that is there already stays."""
+        """Read what the monitors ask for, or what a checkpoint kept of it.
+
+        A probe that is there from an earlier fit stays if the training data is the same.
+        """
         self._ranks = ranks
+        loaders = _compat.training_loaders(trainer)
+        datasets = [getattr(loader, "dataset", loader) for loader in loaders]
+        if len(datasets) != len(self._datasets) or any(
+            one is not other for one, other in zip(datasets, self._datasets, strict=True)
+        ):
+            self._data.clear()
+        self._datasets = datasets
         for monitor in monitors:
             probe = monitor.options.probe
             known = self._data.get(probe.key)
@@ -39,7 +50,7 @@ class Probes:
                 continue
             self._data[probe.key] = read_probe(
                 probe,
-                _compat.training_loaders(trainer),
+                loaders,
                 trainer.num_training_batches,
                 ranks.rank,
                 ranks.world_size,

@@ -30,7 +30,7 @@ from lightning_dynamics.callbacks.ledger import COST, Ledger
 from lightning_dynamics.callbacks.lightning_objective import lightning_objective
 from lightning_dynamics.callbacks.map_style import ProbeItem
 from lightning_dynamics.callbacks.measured import Measured, Point, Role, SavedWeights, When
-from lightning_dynamics.callbacks.measuring import Failure, measure_jointly
+from lightning_dynamics.callbacks.measuring import Failure, Outcome, explain, measure_jointly
 from lightning_dynamics.callbacks.monitor_state import MonitorState
 from lightning_dynamics.callbacks.notices import Notices
 from lightning_dynamics.callbacks.probes import Probes
@@ -41,6 +41,7 @@ from lightning_dynamics.objective.loss import batch_length, stream_seed
 from lightning_dynamics.objective.sandbox import Clones, private_copy
 from lightning_dynamics.recording.record import Record
 
+_MOST_SAVED = 16  # copies of the weights that wait for a probe
 _BUDGET = 0.15  # share of training that default cadences may cost together
 
 
@@ -61,6 +62,7 @@ class Session:
         self._ranks = Ranks(0, 1, torch.device("cpu"))
         self._last_step: int | None = None
         self._checked: set[tuple[Any, ...]] = set()
+        self._pulls = False
 
     @classmethod
     def of(cls, trainer: Trainer) -> Session:
@@ -88,6 +90,7 @@ class Session:
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Training is about to start: gather monitors, state and probes."""
         self.monitors = [c for c in _compat.callbacks(trainer) if isinstance(c, DynamicsMonitor)]
+        self._pulls = takes_iterator(module)
         self._ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
         self._last_step = None
         self._checked.clear()
@@ -107,9 +110,9 @@ class Session:
 
     def batch_starts(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """The weights are θ_t and the batch has not been used: the moment to measure."""
-        if batch is not None and not takes_iterator(module):
+        if batch is not None and not self._pulls:
             self._show(trainer, module, batch)
-        self._check(trainer, module, None if takes_iterator(module) else batch)
+        self._check(trainer, module, None if self._pulls else batch)
         step = _compat.curve_step(trainer)
         if step == self._last_step or _compat.is_trial(trainer):
             return
@@ -122,7 +125,7 @@ class Session:
 
     def batch_ends(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Steps that pull their batches from an iterator show them only now."""
-        if takes_iterator(module) and batch is not None:
+        if self._pulls and batch is not None:
             self._show(trainer, module, batch)
             self._check(trainer, module, batch)
 
@@ -142,7 +145,9 @@ class Session:
         self._measure_saved(trainer, module)
         step = _compat.curve_step(trainer)
         if step != self._last_step:
-            when = When(step, trainer.global_step, trainer.current_epoch, final=True, weights=averaged_by(trainer))
+            # the Trainer has moved on to an epoch that does not come
+            epoch = max(0, trainer.current_epoch - 1)
+            when = When(step, trainer.global_step, epoch, final=True, weights=averaged_by(trainer))
             roles = {
                 i: Role(first=True, second=self._ledger.states[m.label].second_at == step)
                 for i, m in enumerate(self.monitors)
@@ -156,6 +161,8 @@ class Session:
     def close(self) -> None:
         """The fit is over, one way or another."""
         self._saved.clear()
+        # callbacks know their module, and it the Trainer: the registry must not keep them alive
+        self.monitors = []
 
     # State
 
@@ -217,31 +224,55 @@ class Session:
             options = monitor.options
             if options.key in self._checked:
                 continue
-            items = self._probes.of(monitor).items[:1]
+            items = self._probes.of(monitor).items
             if not items:
                 if batch is None:
                     continue
-                items = [ProbeItem(private_copy(batch), 0, is_ready=True, weight=batch_length(batch))]
+                items = [self._current(trainer, batch)]
             self._checked.add(options.key)
-            sharing = [m for m in self.monitors if m.options.key == options.key]
-            narrow = options.precision == "same"
-            outcome = measure_jointly(
-                partial(lightning_objective, trainer, module, options, items, clones=self._clones),
-                [partial(preflight, sharing, narrow)],
-                self._ranks,
-            )
-            if outcome.shared:
-                self._notices.say(
-                    f"While {monitor.label} evaluates the step, these attributes of {type(module).__name__} are "
-                    f"shared with it, not copied: {', '.join(outcome.shared)}. What the step writes to them stays."
-                )
-            (result,) = outcome.results
+            is_short = items[-1].weight not in (0.0, items[0].weight)
+            items = [items[0], items[-1]] if any(self._ranks.gather(is_short)) else items[:1]
+            result = self._preflight(trainer, module, monitor, items, torch.float32)
+            if isinstance(result, Failure) and result.is_asymmetry and options.precision != "same":
+                # in single precision that may be rounding, after good training: ask in double precision
+                again = self._preflight(trainer, module, monitor, items, torch.float64)
+                result = result if isinstance(again, Failure) else again
             if isinstance(result, Failure) and not result.is_weather:
                 raise MisconfigurationException(
                     f"{monitor.label} cannot measure {type(module).__name__}: {result.reason}"
                 )
             if isinstance(result, Failure):
                 self._ledger.skip(monitor, result)
+
+    def _preflight(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        monitor: DynamicsMonitor,
+        items: list[ProbeItem],
+        least: torch.dtype,
+    ) -> Any:
+        options = monitor.options
+        sharing = [m for m in self.monitors if m.options.key == options.key]
+        outcome = measure_jointly(
+            partial(lightning_objective, trainer, module, options, items, clones=self._clones, least=least),
+            [partial(preflight, sharing, options.precision == "same")],
+            self._ranks,
+        )
+        self._name_shared(monitor, module, outcome)
+        return outcome.results[0]
+
+    def _name_shared(self, monitor: DynamicsMonitor, module: LightningModule, outcome: Outcome) -> None:
+        if outcome.shared:
+            self._notices.say(
+                f"While {monitor.label} evaluates the step, these attributes of {type(module).__name__} are "
+                f"shared with it, not copied: {', '.join(outcome.shared)}. What the step writes to them stays."
+            )
+
+    def _current(self, trainer: Trainer, batch: Any) -> ProbeItem:
+        """The batch of the step at hand, as a probe."""
+        index = _compat.batch_number(trainer) * self._ranks.world_size + self._ranks.rank
+        return ProbeItem(private_copy(batch), index, is_ready=True, weight=batch_length(batch))
 
     def _measure_or_save(
         self, trainer: Trainer, module: LightningModule, when: When, roles: Mapping[int, Role], batch: Any
@@ -250,12 +281,23 @@ class Session:
         now = {i: r for i, r in roles.items() if self._probes.of(self.monitors[i]).is_complete}
         later = {i: r for i, r in roles.items() if i not in now}
         if later:
-            values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-            saved = {name: tensor.detach().clone() for name, tensor in values.items()}
-            rules = {i: self._rule(trainer, module, self.monitors[i]) for i in later}
-            self._saved.append(SavedWeights(when, saved, rules, later))
+            self._save(trainer, module, when, later)
         if now:
             self._measure(trainer, module, when, now, batch, None)
+
+    def _save(self, trainer: Trainer, module: LightningModule, when: When, roles: dict[int, Role]) -> None:
+        """Keep the weights of a step that cannot be measured yet."""
+        try:
+            if len(self._saved) >= _MOST_SAVED:
+                raise FloatingPointError(f"more than {_MOST_SAVED} points were due before the probe was complete")
+            values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            saved = {name: tensor.detach().clone() for name, tensor in values.items()}
+            rules = {i: self._rule(trainer, module, self.monitors[i]) for i in roles}
+        except Exception as error:
+            for i in roles:
+                self._ledger.skip(self.monitors[i], explain(error))
+        else:
+            self._saved.append(SavedWeights(when, saved, rules, roles))
 
     def _measure_saved(self, trainer: Trainer, module: LightningModule) -> None:
         """Take the points that had to wait, each at the weights and the x where it belongs."""
@@ -280,28 +322,44 @@ class Session:
     ) -> None:
         """Measure at one step: each objective is opened once, for all monitors that share it."""
         for members in self._by_objective(roles):
-            options = self.monitors[members[0]].options
-            items = self._probes.of(self.monitors[members[0]]).items
-            if options.probe.current_batch:
-                if batch is None:
-                    continue
-                items = [ProbeItem(private_copy(batch), self._ranks.rank, is_ready=True, weight=batch_length(batch))]
-            build: Callable[[], Objective] = partial(
-                lightning_objective,
-                trainer,
-                module,
-                options,
-                items,
-                values=None if saved is None else saved.values,
-                clones=self._clones,
-            )
-            tasks = [self._task(trainer, module, when, i, saved) for i in members]
             started = time.monotonic()
-            outcome = measure_jointly(build, tasks, self._ranks)
+            results = self._results(trainer, module, when, members, batch, saved)
             seconds = (time.monotonic() - started) / len(members)
-            for i, result in zip(members, outcome.results, strict=True):
+            for i, result in zip(members, results, strict=True):
                 self._ledger.take(self.monitors[i], when, roles[i], result, seconds)
         self._flush()
+
+    def _results(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        when: When,
+        members: list[int],
+        batch: Any,
+        saved: SavedWeights | None,
+    ) -> list[Any]:
+        """One result for each of these monitors, which share an objective."""
+        first = self.monitors[members[0]]
+        items = self._probes.of(first).items
+        try:
+            if first.options.probe.current_batch:
+                items = [self._current(trainer, batch)]
+            tasks = [self._task(trainer, module, when, i, saved) for i in members]
+        except Exception as error:  # parameters that were frozen since, a batch that cannot be copied
+            return [explain(error)] * len(members)
+        build: Callable[[], Objective] = partial(
+            lightning_objective,
+            trainer,
+            module,
+            first.options,
+            items,
+            values=None if saved is None else saved.values,
+            clones=self._clones,
+            epoch=when.epoch if when.final or saved is not None else None,
+        )
+        outcome = measure_jointly(build, tasks, self._ranks)
+        self._name_shared(first, module, outcome)
+        return outcome.results
 
     def _by_objective(self, roles: Mapping[int, Role]) -> Iterator[list[int]]:
         groups: dict[tuple[Any, ...], list[int]] = {}
