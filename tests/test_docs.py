@@ -1,0 +1,104 @@
+"""What the README, the pages and the examples say is so."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.fit import fit
+
+from lightning_dynamics import HessianMonitor, read_records
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks():
+    for page in PAGES:
+        if "_build" not in page.parts:
+            for number, match in enumerate(BLOCK.finditer(page.read_text(encoding="utf-8"))):
+                yield pytest.param(match.group(1), id=f"{page.relative_to(ROOT)}-{number}")
+
+
+@pytest.mark.parametrize("code", list(blocks()))
+def test_every_block_of_code_runs(code, tmp_path, monkeypatch):
+    """With a module, a loader and the records that it may speak of."""
+    import lightning.pytorch as pl
+    from helpers.fit import full_batch
+    from helpers.modules import Regression
+    from lightning.pytorch.loggers import CSVLogger
+
+    monkeypatch.chdir(tmp_path)
+    logger = CSVLogger("lightning_logs", name="", version="version_0")
+    fit(HessianMonitor(every_n_train_steps=1), Regression(lr=1e-3), max_epochs=1, logger=logger)
+    quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+
+    class Trainer(pl.Trainer):
+        def __init__(self, **options):
+            super().__init__(**{**options, **quiet, "max_epochs": 2, "enable_model_summary": False})
+
+    monkeypatch.setattr(pl, "Trainer", Trainer)
+    names = {"any_lightning_module": Regression(lr=1e-3), "any_dataloader": full_batch()}
+    exec(compile(code, "block", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_keys_in_the_readme_are_those_that_are_logged():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = HessianMonitor().table
+    for key in table.keys(default_only=True):
+        assert key in text or key.partition("/")[2] in text or "top_2" in key, key
+
+
+def test_the_examples_of_docstrings_hold():
+    import doctest
+
+    import torch
+
+    from lightning_dynamics.linalg import eigenpairs as functions
+    from lightning_dynamics.objective import Objective, curvature
+
+    assert functions is not None
+    result = doctest.testmod(curvature, extraglobs={"torch": torch, "Objective": Objective})
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def quickstart(folder, *arguments):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+def test_the_quickstart_reaches_the_edge_and_its_control_does_not(tmp_path):
+    out = quickstart(tmp_path)
+    (mean,) = re.findall(r"the mean edge ratio from there on is (\S+)\.\n", out)
+    (last,) = re.findall(r"the last edge ratio is (\S+)\.\n", out)
+    assert 0.95 <= float(mean) <= 1.08
+    assert float(last) < 0.5
+    assert re.search(r"step +loss +top eigenvalue +threshold 2/η +edge ratio", out)
+    run = tmp_path / "runs" / "step_size_0.2" / "version_0"
+    steps = [record.step for record in read_records(run)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 750
+    assert list(run.glob("events.out.tfevents.*"))
+    assert (tmp_path / "runs" / "step_size_0.2_csv" / "version_0" / "metrics.csv").exists()
+    assert (tmp_path / "runs" / "sharpness.png").stat().st_size > 10_000
+
+
+@pytest.mark.clients
+def test_the_quickstart_writes_a_wandb_run(tmp_path):
+    out = quickstart(tmp_path, "--wandb", "--steps", "30")
+    assert "wandb sync runs/wandb/offline-run-*" in out
+    assert len(list((tmp_path / "runs" / "wandb").glob("offline-run-*/*.wandb"))) == 2
