@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_dynamics import HessianMonitor, Probe, Record
 
@@ -51,17 +51,21 @@ class DigitNet(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.hparams.learning_rate)
 
 
-def digits() -> TensorDataset:
+def digits() -> list[tuple[torch.Tensor, int]]:
     """The first 1,000 digits that come with scikit-learn: 8 x 8 pixels between 0 and 1, less their mean."""
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images[:1000], dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
-    return TensorDataset(images - images.mean(), torch.tensor(labels[:1000]))
+    return list(zip(images - images.mean(), labels[:1000].tolist(), strict=True))
+
+
+def full_batches(data: list[tuple[torch.Tensor, int]]) -> DataLoader:
+    """All of the data in each batch; an epoch is 25 of them, since Lightning does a lot at the end of an epoch."""
+    return DataLoader(data, batch_size=len(data), sampler=RandomSampler(data, num_samples=25 * len(data)))
 
 
 def train(learning_rate: float, steps: int, every: int, folder: Path, wandb: bool) -> HessianMonitor:
     """Train with one step size; return the monitor with its measurements."""
     pl.seed_everything(0)
-    data = digits()
     name = f"step_size_{learning_rate:g}"
     loggers = [TensorBoardLogger(folder, name=name), CSVLogger(folder, name=f"{name}_csv")]
     if wandb:
@@ -71,14 +75,14 @@ def train(learning_rate: float, steps: int, every: int, folder: Path, wandb: boo
 
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_epochs=steps,  # the batch is the data set: an epoch is a step
+        max_steps=steps,
         callbacks=[monitor],
         logger=loggers,
-        log_every_n_steps=10,
-        enable_checkpointing=False,  # by default there would be a checkpoint at the end of each epoch
+        log_every_n_steps=5,
+        enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(DigitNet(learning_rate), DataLoader(data, batch_size=len(data)))
+    trainer.fit(DigitNet(learning_rate), full_batches(digits()))
     if wandb:
         loggers[-1].experiment.finish()
     return monitor

@@ -49,7 +49,7 @@ class ExtremalEigenpairs:
             on a nearby operator.
         products: Products with the operator that were spent, completeness check included.
         product_error: Estimated error of one product (norm, per unit vector).
-        norm: Estimate of ‖A‖, the largest |Ritz value|.
+        norm: Estimate of ‖A‖, the largest Ritz value in modulus.
     """
 
     top: Eigenpairs

@@ -123,7 +123,7 @@ def hessian(objective: Objective) -> Iterator[HessianOperator]:
 
 
 def symmetry_defect(operator: SymmetricOperator, generator: torch.Generator) -> float:
-    """|uᵀAv - vᵀAu| for random u and v, relative to its natural size ‖Au‖‖v‖/√n. Costs two products.
+    """``|uᵀAv - vᵀAu|`` for random u and v, relative to its natural size ‖Au‖‖v‖/√n. Costs two products.
 
     Rounding gives about 1e-7 in float32 and 1e-2 in bfloat16. A second derivative that PyTorch computes wrongly is as a
     rule not symmetric: it gives 1e-2 and more.

@@ -1,4 +1,4 @@
-"""Against an independent implementation: curvlinops' Hessian with SciPy's Lanczos (`pip install curvlinops-for-pytorch`)."""
+"""Against an independent implementation: the Hessian of curvlinops-for-pytorch with SciPy's Lanczos."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def problem():
 def test_products_and_eigenvalues(problem):
     net, batches = problem
     criterion = nn.CrossEntropyLoss()
-    parameters = dict(net.named_parameters())
-    theirs = curvlinops.HessianLinearOperator(net, criterion, parameters, batches)
+    theirs = curvlinops.HessianLinearOperator(net, criterion, list(net.parameters()), batches)
     with hessian(Objective(net, lambda net, batch: criterion(net(batch[0]), batch[1]), batches)) as ours:
         vector = torch.randn(ours.size, dtype=torch.float64)
         product = ours(vector)
