@@ -20,11 +20,12 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "lightning_dynamics"
 html_static_path = ["_static"]
-myst_enable_extensions = ["colon_fence", "dollarmath", "linkify"]
+myst_enable_extensions = ["colon_fence", "linkify"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_custom_sections = ["Logs", "Cost"]
+napoleon_use_ivar = True
 # the tables of quantities are read from the code
 
 TABLES = {"hessian": hessian_table(3, 1), "dynamics": COST}
