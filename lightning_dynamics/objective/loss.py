@@ -286,12 +286,12 @@ class Linearization:
     def product(self, vector: Tensor, part: Part = "all") -> Tensor:
         """Σ w_b ∇²ℓ_b · v, shape ``(size,)``, over all batches, or over those with even or odd numbers."""
         directions = self.layout.unflatten(vector)
-        out = self._zeros()
+        like, out = torch.empty(0, dtype=self.dtype, device=self.device), None
         for graph in self._gradients():
             if part in ("all", _parity(graph.index)):
-                second = self._differentiate(graph.gradient, directions)
-                out.add_(self.layout.flatten(second, out), alpha=graph.weight)
-        return out
+                second = self.layout.flatten(self._differentiate(graph.gradient, directions), like)
+                out = second.mul_(graph.weight) if out is None else out.add_(second, alpha=graph.weight)
+        return self._zeros() if out is None else out
 
     def graphs_fit(self, reserve: int = 0, sharers: int = 1) -> bool:
         """Whether the gradient graphs of all batches, and ``reserve`` bytes, fit into half of the free memory.
