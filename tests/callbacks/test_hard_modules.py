@@ -265,7 +265,7 @@ def test_headers_are_written_whatever_the_hyperparameters(tmp_path):
 
 
 def test_no_more_copies_of_the_weights_wait_than_a_few(monkeypatch):
-    monkeypatch.setattr("lightning_dynamics.callbacks.session._MOST_SAVED", 2)
+    monkeypatch.setattr("lightning_dynamics.callbacks.measurements._MOST_SAVED", 2)
     monitor = tracked(probe=Probe(first_batches=6))
     with pytest.warns(UserWarning, match="more than 2 points were due before the probe was complete"):
         fit(monitor, Regression(lr=1e-3), mini_batches(24, 4), max_epochs=1)

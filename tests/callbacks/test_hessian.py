@@ -284,11 +284,11 @@ def test_without_being_asked_nothing_is_exposed():
 
 
 def test_two_monitors_share_one_evaluation(monkeypatch):
-    from lightning_dynamics.callbacks import session
+    from lightning_dynamics.callbacks import measurements
 
     opened = []
-    original = session.measure_jointly
-    monkeypatch.setattr(session, "measure_jointly", lambda *a: opened.append(len(a[1])) or original(*a))
+    original = measurements.measure_jointly
+    monkeypatch.setattr(measurements, "measure_jointly", lambda *a: opened.append(len(a[1])) or original(*a))
     first = HessianMonitor(1, 0, every_n_train_steps=1, probe=WHOLE, pair=False)
     second = HessianMonitor(2, 1, every_n_train_steps=1, probe=WHOLE, pair=False, name="more")
     fit([first, second], slow())

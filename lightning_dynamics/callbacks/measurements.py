@@ -1,0 +1,224 @@
+"""The measurements of one fit: preflight, points at their steps, points that have to wait for their data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_dynamics import _compat
+from lightning_dynamics.callbacks.base import DynamicsMonitor
+from lightning_dynamics.callbacks.checks import preflight
+from lightning_dynamics.callbacks.ledger import Ledger
+from lightning_dynamics.callbacks.lightning_objective import lightning_objective
+from lightning_dynamics.callbacks.map_style import ProbeItem
+from lightning_dynamics.callbacks.measured import Measured, Point, Role, SavedWeights, When
+from lightning_dynamics.callbacks.measuring import Failure, Outcome, explain, measure_jointly
+from lightning_dynamics.callbacks.notices import Notices
+from lightning_dynamics.callbacks.probes import Probes
+from lightning_dynamics.callbacks.ranks import Ranks
+from lightning_dynamics.metrics import StabilityRule, stability_rule
+from lightning_dynamics.objective import HessianOperator, Objective, select_parameters
+from lightning_dynamics.objective.loss import batch_length, stream_seed
+from lightning_dynamics.objective.sandbox import Clones, private_copy
+
+_MOST_SAVED = 16  # copies of the weights that wait for a probe
+
+
+class Measurements:
+    """What is measured between the start and the end of a fit; every method is called on every rank.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module, not wrapped.
+        monitors: Its monitors.
+        probes: Their data.
+        ledger: Where results go.
+        notices: How to speak to the user.
+        ranks: The ranks.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        monitors: Sequence[DynamicsMonitor],
+        probes: Probes,
+        ledger: Ledger,
+        notices: Notices,
+        ranks: Ranks,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._monitors = monitors
+        self._probes = probes
+        self._ledger = ledger
+        self._notices = notices
+        self._ranks = ranks
+        self._clones: Clones = {}
+        self._saved: list[SavedWeights] = []
+        self._checked: set[tuple[Any, ...]] = set()
+
+    def check(self, batch: Any) -> None:
+        """The preflight: loss, gradient, one product and the symmetry test before the first step."""
+        for monitor in self._monitors:
+            options = monitor.options
+            if options.key in self._checked:
+                continue
+            items = self._probes.of(monitor).items
+            if not items:
+                if batch is None:
+                    continue
+                items = [self._current(batch)]
+            self._checked.add(options.key)
+            is_short = items[-1].weight not in (0.0, items[0].weight)
+            items = [items[0], items[-1]] if any(self._ranks.gather(is_short)) else items[:1]
+            result = self._preflight(monitor, items, torch.float32)
+            if isinstance(result, Failure) and result.is_asymmetry and options.precision != "same":
+                # in single precision that may be rounding, after good training: ask in double precision
+                again = self._preflight(monitor, items, torch.float64)
+                result = result if isinstance(again, Failure) else again
+            if isinstance(result, Failure) and not result.is_weather:
+                raise MisconfigurationException(
+                    f"{monitor.label} cannot measure {type(self._module).__name__}: {result.reason}"
+                )
+            if isinstance(result, Failure):
+                self._ledger.skip(monitor, result)
+
+    def _preflight(self, monitor: DynamicsMonitor, items: list[ProbeItem], least: torch.dtype) -> Any:
+        options = monitor.options
+        sharing = [m for m in self._monitors if m.options.key == options.key]
+        outcome = measure_jointly(
+            partial(lightning_objective, self._trainer, self._module, options, items, clones=self._clones, least=least),
+            [partial(preflight, sharing, options.precision == "same")],
+            self._ranks,
+        )
+        self._name_shared(monitor, outcome)
+        return outcome.results[0]
+
+    def _name_shared(self, monitor: DynamicsMonitor, outcome: Outcome) -> None:
+        if outcome.shared:
+            self._notices.say(
+                f"While {monitor.label} evaluates the step, these attributes of {type(self._module).__name__} are "
+                f"shared with it, not copied: {', '.join(outcome.shared)}. What the step writes to them stays."
+            )
+
+    def _current(self, batch: Any) -> ProbeItem:
+        """The batch of the step at hand, as a probe."""
+        index = _compat.batch_number(self._trainer) * self._ranks.world_size + self._ranks.rank
+        return ProbeItem(private_copy(batch), index, is_ready=True, weight=batch_length(batch))
+
+    def take(self, when: When, roles: Mapping[int, Role], batch: Any) -> None:
+        """Measure what is due where the probe is complete; save the weights for what has to wait."""
+        now = {i: r for i, r in roles.items() if self._probes.of(self._monitors[i]).is_complete}
+        later = {i: r for i, r in roles.items() if i not in now}
+        if later:
+            self._save(when, later)
+        if now:
+            self._measure(when, now, batch, None)
+
+    def _save(self, when: When, roles: dict[int, Role]) -> None:
+        """Keep the weights of a step that cannot be measured yet."""
+        try:
+            if len(self._saved) >= _MOST_SAVED:
+                raise FloatingPointError(f"more than {_MOST_SAVED} points were due before the probe was complete")
+            values = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+            saved = {name: tensor.detach().clone() for name, tensor in values.items()}
+            rules = {i: self.rule(self._monitors[i]) for i in roles}
+        except Exception as error:
+            for i in roles:
+                self._ledger.skip(self._monitors[i], explain(error))
+        else:
+            self._saved.append(SavedWeights(when, saved, rules, roles))
+
+    def take_saved(self) -> None:
+        """Take the points that had to wait, each at the weights and the x where it belongs."""
+        waiting: list[SavedWeights] = []
+        for saved in self._saved:
+            ready = {i: r for i, r in saved.roles.items() if self._probes.of(self._monitors[i]).is_complete}
+            left = {i: r for i, r in saved.roles.items() if i not in ready}
+            if ready:
+                self._measure(saved.when, ready, None, saved)
+            if left:
+                waiting.append(SavedWeights(saved.when, saved.values, saved.rules, left))
+        self._saved = waiting
+
+    def _measure(self, when: When, roles: Mapping[int, Role], batch: Any, saved: SavedWeights | None) -> None:
+        """Measure at one step: each objective is opened once, for all monitors that share it."""
+        for members in self._by_objective(roles):
+            started = time.monotonic()
+            results = self._results(when, members, batch, saved)
+            seconds = (time.monotonic() - started) / len(members)
+            for i, result in zip(members, results, strict=True):
+                self._ledger.take(self._monitors[i], when, roles[i], result, seconds)
+
+    def _results(self, when: When, members: list[int], batch: Any, saved: SavedWeights | None) -> list[Any]:
+        """One result for each of these monitors, which share an objective."""
+        first = self._monitors[members[0]]
+        items = self._probes.of(first).items
+        try:
+            if first.options.probe.current_batch:
+                items = [self._current(batch)]
+            tasks = [self._task(when, i, saved) for i in members]
+        except Exception as error:  # parameters that were frozen since, a batch that cannot be copied
+            return [explain(error)] * len(members)
+        build: Callable[[], Objective] = partial(
+            lightning_objective,
+            self._trainer,
+            self._module,
+            first.options,
+            items,
+            values=None if saved is None else saved.values,
+            clones=self._clones,
+            epoch=when.epoch if when.final or saved is not None else None,
+        )
+        outcome = measure_jointly(build, tasks, self._ranks)
+        self._name_shared(first, outcome)
+        return outcome.results
+
+    def _by_objective(self, roles: Mapping[int, Role]) -> Iterator[list[int]]:
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i in roles:
+            groups.setdefault(self._monitors[i].options.key, []).append(i)
+        return iter(groups.values())
+
+    def _task(self, when: When, index: int, saved: SavedWeights | None) -> Callable[[HessianOperator], Measured]:
+        monitor = self._monitors[index]
+        state = self._ledger.states[monitor.label]
+        data = self._probes.of(monitor)
+        seed = stream_seed(monitor.options.probe.seed, when.step, index)
+        # read here: once the sandbox is open the module shows private weights, which no optimizer knows
+        rule = self.rule(monitor) if saved is None else saved.rules[index]
+
+        def task(hessian: HessianOperator) -> Measured:
+            if not math.isfinite(hessian.loss):
+                raise FloatingPointError(f"the probe loss is {hessian.loss}")
+            point = Point(
+                step=when.step,
+                hessian=hessian,
+                rule=rule,
+                memory=state.memory,
+                generator=torch.Generator().manual_seed(seed),
+                count=state.count,
+                has_halves=hessian.has_halves and not monitor.options.probe.whole,
+                clipping=state.clipping if self._trainer.gradient_clip_val else None,
+            )
+            measured = monitor.measure(point)
+            measured.notes.setdefault("probe", data.describe())
+            return measured
+
+        return task
+
+    def rule(self, monitor: DynamicsMonitor) -> StabilityRule:
+        """The optimizers' edge of stability as it is now."""
+        optimizers, _ = _compat.optimizer_lists(self._trainer)
+        rule = stability_rule(optimizers, select_parameters(self._module, monitor.options.parameters))
+        if rule.is_unknown:
+            self._notices.say(f"{monitor.label} shows no stability threshold: {rule.unavailable}.")
+        return rule
