@@ -63,6 +63,18 @@ def interrupted(folder, make_monitors, make_data, at, epochs, logger=CSVLogger, 
     return whole, second, folder / ("first" if same_place else "second") / "x"
 
 
+@pytest.fixture(scope="module")
+def _exact(tmp_path_factory):
+    """Old releases of Lightning (2.4 does) repeat a step after such a resume, with monitors and without."""
+    folder, networks = tmp_path_factory.mktemp("exact"), [network(), network()]
+    options = {"enable_checkpointing": True, "max_epochs": 8}
+    fit([kept(folder / "a")], networks[0], **options)
+    fit([kept(folder / "b")], networks[1], ckpt_path=folder / "a" / "step=4.ckpt", **options)
+    if not torch.equal(networks[0].net[0].weight, networks[1].net[0].weight):
+        pytest.skip("this release of Lightning does not itself resume where it stopped")
+
+
+@pytest.mark.usefixtures("_exact")
 @pytest.mark.parametrize("same_place", [True, False])
 @pytest.mark.parametrize("at", [4, 5, 6])  # before, within and after a pair
 def test_the_curves_are_bit_for_bit_those_of_the_uninterrupted_run(tmp_path, at, same_place):
@@ -80,6 +92,7 @@ def test_the_curves_are_bit_for_bit_those_of_the_uninterrupted_run(tmp_path, at,
     assert sorted(map(str, scalars(joined))) == sorted(map(str, scalars(whole[0].history + whole[1].history)))
 
 
+@pytest.mark.usefixtures("_exact")
 def test_copied_batches_come_back_with_the_checkpoint(tmp_path):
     def monitors():
         return [HessianMonitor(every_n_train_steps=2, probe=Probe(first_batches=2), pair=False)]
@@ -90,6 +103,7 @@ def test_copied_batches_come_back_with_the_checkpoint(tmp_path):
     assert second[0].history[-1].notes["probe"]["n"] == 16
 
 
+@pytest.mark.usefixtures("_exact")
 def test_large_batches_go_to_files_beside_the_records(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_dynamics.callbacks.probe_state._SMALL", 10)
 
@@ -143,6 +157,7 @@ def test_the_checkpoint_is_plain(tmp_path):
     assert middle["pending"]["when"][0] == 5
 
 
+@pytest.mark.usefixtures("_exact")
 def test_a_large_memory_is_left_out_and_the_run_starts_cold(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_dynamics.callbacks.monitor_state._SMALL", 10)
 
