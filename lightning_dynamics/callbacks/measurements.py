@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning_dynamics.callbacks.ledger import Ledger
 from lightning_dynamics.callbacks.lightning_objective import lightning_objective
 from lightning_dynamics.callbacks.map_style import ProbeItem
 from lightning_dynamics.callbacks.measured import Measured, Point, Role, SavedWeights, When
-from lightning_dynamics.callbacks.measuring import Failure, Outcome, explain, measure_jointly
+from lightning_dynamics.callbacks.measuring import Failure, Outcome, Task, explain, measure_jointly
 from lightning_dynamics.callbacks.notices import Notices
 from lightning_dynamics.callbacks.probes import Probes
 from lightning_dynamics.callbacks.ranks import Ranks
@@ -94,11 +94,14 @@ class Measurements:
     def _preflight(self, monitor: DynamicsMonitor, items: list[ProbeItem], least: torch.dtype) -> Any:
         options = monitor.options
         sharing = [m for m in self._monitors if m.options.key == options.key]
-        outcome = measure_jointly(
-            partial(lightning_objective, self._trainer, self._module, options, items, clones=self._clones, least=least),
-            [partial(preflight, sharing, options.precision == "same")],
-            self._ranks,
-        )
+
+        def prepare() -> tuple[Objective, list[Task]]:
+            objective = lightning_objective(
+                self._trainer, self._module, options, items, clones=self._clones, least=least
+            )
+            return objective, [partial(preflight, sharing, options.precision == "same")]
+
+        outcome = measure_jointly(prepare, 1, self._ranks)
         self._name_shared(monitor, outcome)
         return outcome.results[0]
 
@@ -124,18 +127,22 @@ class Measurements:
             self._measure(when, now, batch, None)
 
     def _save(self, when: When, roles: dict[int, Role]) -> None:
-        """Keep the weights of a step that cannot be measured yet."""
+        """Keep the weights of a step that cannot be measured yet, on all ranks or on none."""
+        failure = None
         try:
             if len(self._saved) >= _MOST_SAVED:
                 raise FloatingPointError(f"more than {_MOST_SAVED} points were due before the probe was complete")
             values = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
             saved = {name: tensor.detach().clone() for name, tensor in values.items()}
-            rules = {i: self.rule(self._monitors[i]) for i in roles}
+            self._saved.append(SavedWeights(when, saved, {i: self.rule(self._monitors[i]) for i in roles}, roles))
         except Exception as error:
+            failure = explain(error)
+        failures = [other for other in self._ranks.gather(failure) if other is not None]
+        if failures:
+            if failure is None:
+                self._saved.pop()
             for i in roles:
-                self._ledger.skip(self._monitors[i], explain(error))
-        else:
-            self._saved.append(SavedWeights(when, saved, rules, roles))
+                self._ledger.skip(self._monitors[i], failures[0])
 
     def take_saved(self) -> None:
         """Take the points that had to wait, each at the weights and the x where it belongs."""
@@ -161,24 +168,22 @@ class Measurements:
     def _results(self, when: When, members: list[int], batch: Any, saved: SavedWeights | None) -> list[Any]:
         """One result for each of these monitors, which share an objective."""
         first = self._monitors[members[0]]
-        items = self._probes.of(first).items
-        try:
-            if first.options.probe.current_batch:
-                items = [self._current(batch)]
-            tasks = [self._task(when, i, saved) for i in members]
-        except Exception as error:  # parameters that were frozen since, a batch that cannot be copied
-            return [explain(error)] * len(members)
-        build: Callable[[], Objective] = partial(
-            lightning_objective,
-            self._trainer,
-            self._module,
-            first.options,
-            items,
-            values=None if saved is None else saved.values,
-            clones=self._clones,
-            epoch=when.epoch if when.final or saved is not None else None,
-        )
-        outcome = measure_jointly(build, tasks, self._ranks)
+
+        def prepare() -> tuple[Objective, list[Task]]:
+            # what fails here (parameters that were frozen since, a batch that cannot be copied) fails on all ranks
+            passes = first.options.probe.current_batch
+            objective = lightning_objective(
+                self._trainer,
+                self._module,
+                first.options,
+                [self._current(batch)] if passes else self._probes.of(first).items,
+                values=None if saved is None else saved.values,
+                clones=self._clones,
+                epoch=when.epoch if when.final or saved is not None else None,
+            )
+            return objective, [self._task(when, i, saved) for i in members]
+
+        outcome = measure_jointly(prepare, len(members), self._ranks)
         self._name_shared(first, outcome)
         return outcome.results
 
@@ -188,7 +193,7 @@ class Measurements:
             groups.setdefault(self._monitors[i].options.key, []).append(i)
         return iter(groups.values())
 
-    def _task(self, when: When, index: int, saved: SavedWeights | None) -> Callable[[HessianOperator], Measured]:
+    def _task(self, when: When, index: int, saved: SavedWeights | None) -> Task:
         monitor = self._monitors[index]
         state = self._ledger.states[monitor.label]
         data = self._probes.of(monitor)

@@ -46,17 +46,16 @@ class Outcome:
     shared: list[str]
 
 
-def measure_jointly(
-    build: Callable[[], Objective],
-    tasks: Sequence[Callable[[HessianOperator], Any]],
-    ranks: Ranks,
-) -> Outcome:
+Task = Callable[[HessianOperator], Any]
+
+
+def measure_jointly(prepare: Callable[[], tuple[Objective, Sequence[Task]]], count: int, ranks: Ranks) -> Outcome:
     """Run tasks on the Hessian of an objective that all ranks hold parts of. Called on every rank; never raises.
 
     Args:
-        build: Builds this rank's part of the objective.
-        tasks: Functions of the Hessian with small, picklable results. Run on rank zero only, in order; one that fails
-            does not keep the others from running.
+        prepare: Makes this rank's part of the objective, and the tasks: functions of the Hessian with small, picklable
+            results. They run on rank zero only, in order; one that fails does not keep the others from running.
+        count: Number of tasks.
         ranks: The ranks.
     """
     shared: list[str] = []
@@ -64,13 +63,13 @@ def measure_jointly(
         local: Linearization | None = None
         failure: Failure | None = None
         try:
-            objective = build()
+            objective, tasks = prepare()
             local = stack.enter_context(objective.linearize())
         except Exception as error:
             failure = explain(error)
         if not ranks.leads:
             return ranks.serve(local)  # type: ignore[no-any-return]
-        results: list[Any] = [failure] * len(tasks)
+        results: list[Any] = [failure] * count
         try:
             if local is not None:
                 results = _run(local, tasks, ranks, signals)
@@ -80,9 +79,7 @@ def measure_jointly(
     return outcome  # type: ignore[no-any-return]
 
 
-def _run(
-    local: Linearization, tasks: Sequence[Callable[[HessianOperator], Any]], ranks: Ranks, signals: DeferredSignals
-) -> list[Any]:
+def _run(local: Linearization, tasks: Sequence[Task], ranks: Ranks, signals: DeferredSignals) -> list[Any]:
     results: list[Any] = []
     hessian: HessianOperator | None = None
     for task in tasks:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_dynamics import HessianMonitor, Probe
+from lightning_dynamics.callbacks.measurements import Measurements
 
 pytestmark = pytest.mark.ddp
 
@@ -154,6 +155,31 @@ def test_a_rank_that_fails_costs_points_and_nothing_else():
     trainer = fit(monitor, module, mini_batches(n=24, batch_size=4), max_epochs=2, **two(timeout=30))
     assert [r.step for r in monitor.history] == [0, 1]
     assert trainer.state.finished
+
+
+@pytest.mark.chaos
+@pytest.mark.filterwarnings("ignore:Rank 1 failed in its part", "ignore:HessianMonitor.*skips a point")
+def test_a_rank_that_cannot_even_begin_costs_that_point(monkeypatch):
+    current, save = Measurements._current, Measurements.rule
+
+    def fails_to_copy(self, batch):
+        if self._ranks.rank == 1 and self._trainer.global_step == 1:
+            raise TypeError("cannot copy")
+        return current(self, batch)
+
+    def fails_to_save(self, monitor):
+        if self._ranks.rank == 1 and self._trainer.global_step == 2 and monitor.name == "late":
+            raise MemoryError
+        return save(self, monitor)
+
+    monkeypatch.setattr(Measurements, "_current", fails_to_copy)
+    monkeypatch.setattr(Measurements, "rule", fails_to_save)
+    options = {"every_n_train_steps": 1, "pair": False}
+    monitor = HessianMonitor(1, 0, probe=Probe(current_batch=True), **options)
+    late = HessianMonitor(1, 0, probe=Probe(first_batches=5), name="late", **options)
+    fit([monitor, late], Regression(lr=1e-3), mini_batches(n=48, batch_size=4), max_epochs=1, **two(timeout=30))
+    assert [r.step for r in monitor.history] == [0, 2, 3, 4, 5]
+    assert [r.step for r in late.history] == [0, 1, 3, 4, 5, 6]
 
 
 @pytest.mark.chaos
