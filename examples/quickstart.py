@@ -88,11 +88,10 @@ def train(learning_rate: float, steps: int, every: int, folder: Path, wandb: boo
     return monitor
 
 
-def print_table(history: list[Record], rows: int = 12) -> None:
-    """Some of the measurements, the last included."""
+def print_table(history: list[Record], rows: int = 9) -> None:
+    """Some of the measurements, the first and the last included."""
     print(f"{'step':>6} {'loss':>9} {'top eigenvalue':>15} {'threshold 2/η':>14} {'edge ratio':>11}")
-    stride = -(-len(history) // rows)
-    for record in history[(len(history) - 1) % stride :: stride]:
+    for record in [*history[: -1 : -(-len(history) // rows)], history[-1]]:
         loss, top, threshold, ratio = (
             record.scalars[f"hessian/{key}"] for key in ("probe_loss", "top_1", "stability_threshold", "edge_ratio")
         )
@@ -139,8 +138,8 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
 
     monitors = {
-        options.step_size: train(options.step_size, options.steps, 25, options.folder, options.wandb),
-        options.control: train(options.control, options.steps // 2, 75, options.folder, options.wandb),
+        options.step_size: train(options.step_size, options.steps, 30, options.folder, options.wandb),
+        options.control: train(options.control, options.steps // 2, 125, options.folder, options.wandb),
     }
     histories = {rate: monitor.history for rate, monitor in monitors.items()}
     for rate, history in histories.items():
