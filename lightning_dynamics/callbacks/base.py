@@ -86,7 +86,7 @@ class DynamicsMonitor(Callback):
             scalars=_mean(first.scalars, second.scalars),
             errors=_mean(first.errors, second.errors),
             arrays=first.arrays,
-            notes=first.notes,
+            notes=dict(first.notes),
         )
 
     def check(self, size: int) -> None:

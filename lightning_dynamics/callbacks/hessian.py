@@ -191,6 +191,7 @@ class HessianMonitor(DynamicsMonitor):
         top = f"{self.table.family}/top_1"
         swing = (first.scalars[top] - second.scalars[top]) / 2
         joined.scalars[f"{self.table.family}/top_1_swing"] = abs(swing)
+        joined.notes["products"] = first.notes["products"] + second.notes["products"]
         return joined
 
     def logged(self, measured: Measured) -> dict[str, float]:

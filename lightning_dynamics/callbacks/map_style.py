@@ -170,11 +170,14 @@ class _SeededSamples(Dataset[Any]):
         self._seed = seed
 
     def __getitem__(self, index: int) -> Any:
+        self._draw_from(index)
+        return self._dataset[index]
+
+    def _draw_from(self, index: int) -> None:
         seed = stream_seed(self._seed, index)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
-        return self._dataset[index]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -182,12 +185,20 @@ class _SeededSamples(Dataset[Any]):
         return getattr(self.__dict__["_dataset"], name)
 
 
+class _SeededGroups(_SeededSamples):
+    """A data set that is asked for several samples at once; their noise is drawn from the first one's stream."""
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        self._draw_from(indices[0])
+        return self._dataset.__getitems__(indices)
+
+
 def _read_batches(loader: DataLoader[Any], groups: Sequence[Sequence[int]], seed: int) -> Iterable[Any]:
     """Read these groups of samples in one worker process, collated as the loader does it."""
     with fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads alive, as every loader does
         reader: DataLoader[Any] = DataLoader(
-            _SeededSamples(loader.dataset, seed),
+            (_SeededGroups if hasattr(loader.dataset, "__getitems__") else _SeededSamples)(loader.dataset, seed),
             batch_sampler=_Groups(groups),
             num_workers=1,
             collate_fn=loader.collate_fn,

@@ -84,6 +84,11 @@ class Layout:
         for part, tensor in zip(self._split(vector), tensors, strict=True):
             if tensor is None:
                 part.zero_()
+            elif tensor.layout is not torch.strided:
+                raise ValueError(
+                    "A gradient is sparse, and has no second derivative in PyTorch. Build the embedding with "
+                    "`sparse=False`, or leave its weight out with `parameters=`."
+                )
             else:
                 part.copy_(tensor.detach().reshape(-1))
         return vector

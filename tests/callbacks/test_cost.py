@@ -64,9 +64,10 @@ def test_two_monitors_on_the_same_data_share_the_graph(counted):
     assert counted["losses"] == 1 + 4 * 3
 
 
-def test_the_notes_say_how_many_products_a_point_took(counted):
-    monitor = HessianMonitor(2, 1, every_n_train_steps=100, probe=Probe(whole=True), pair=False)
-    fit(monitor, network(), mini_batches(24, 24), max_epochs=1)
+@pytest.mark.parametrize("pair", [True, False])
+def test_the_notes_say_how_many_products_a_point_took(counted, pair):
+    monitor = HessianMonitor(2, 1, every_n_train_steps=3, probe=Probe(whole=True), pair=pair)
+    fit(monitor, network(), mini_batches(24, 24), max_epochs=5)
     preflight = 2
     assert counted["products"] == preflight + sum(r.notes["products"] for r in monitor.history)
 

@@ -378,6 +378,47 @@ def test_the_profiler_sees_the_run_alone():
     assert calls([tracked()]) == calls([])
 
 
+class Gathers(Dataset):
+    """Answers for a whole batch at once, as large stores do; its loader has nothing to collate."""
+
+    def __init__(self):
+        self.x, self.y = regression_data()
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        raise AssertionError("asked for a single sample")
+
+    def __getitems__(self, indices):
+        return self.x[indices], self.y[indices]
+
+
+def test_data_sets_that_answer_for_whole_batches():
+    monitor, plain = tracked(), tracked()
+    fit(monitor, Regression(seeded(4, 1)), DataLoader(Gathers(), 8, collate_fn=lambda batch: batch), max_epochs=1)
+    fit(plain, Regression(seeded(4, 1)), mini_batches(), max_epochs=1)
+    assert monitor.history[0].notes["probe"]["kind"] == "the whole training set"
+    assert first_loss(monitor) == first_loss(plain)
+
+
+def test_sparse_gradients_are_refused_with_the_cure():
+    class Sparse(Regression):
+        def __init__(self):
+            super().__init__(nn.Linear(4, 1), lr=1e-3)
+            self.table = nn.Embedding(3, 4, sparse=True)
+
+        def loss(self, batch):
+            rows = self.table((batch[0][:, 0] > 0).long())
+            return (self.net(batch[0] * rows) - batch[1]).square().mean()
+
+    with pytest.raises(MisconfigurationException, match="`sparse=False`"):
+        fit(tracked(), Sparse())
+    monitor = tracked(parameters=r"net\..*")
+    fit(monitor, Sparse())
+    assert len(monitor.history) == 4
+
+
 # Memory
 
 
