@@ -7,7 +7,7 @@ from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 
 import lightning_dynamics
-from lightning_dynamics.callbacks.hessian import hessian_table
+from lightning_dynamics.callbacks.hessian_table import hessian_table
 from lightning_dynamics.callbacks.ledger import COST
 
 project = "lightning_dynamics"

@@ -20,7 +20,8 @@ from lightning_dynamics.callbacks.map_style import ProbeItem
 from lightning_dynamics.callbacks.probe import Probe
 from lightning_dynamics.callbacks.stand_ins import NullOptimizer, NullScheduler
 from lightning_dynamics.objective import Engine, Objective, ParameterFilter
-from lightning_dynamics.objective.sandbox import Clones, narrower, private_copy
+from lightning_dynamics.objective.copies import narrower, private_copy
+from lightning_dynamics.objective.sandbox import Clones
 
 LossFn = str | Callable[[LightningModule, Any], Tensor]
 """A loss to measure instead of that of ``training_step``: the name of a method of the module that takes a batch, or a

@@ -24,8 +24,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from lightning_dynamics.objective.loss import stream_seed
-from lightning_dynamics.objective.sandbox import fork_rng, private_copy
+from lightning_dynamics.objective.copies import private_copy
+from lightning_dynamics.objective.randomness import fork_rng, stream_seed
 
 _READ_TIMEOUT = 300.0  # seconds without a batch after which reading the data set is given up
 

@@ -25,8 +25,10 @@ from lightning_dynamics.callbacks.probes import Probes
 from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.metrics import StabilityRule, stability_rule
 from lightning_dynamics.objective import HessianOperator, Objective, select_parameters
-from lightning_dynamics.objective.loss import batch_length, stream_seed
-from lightning_dynamics.objective.sandbox import Clones, private_copy
+from lightning_dynamics.objective.copies import private_copy
+from lightning_dynamics.objective.loss import batch_length
+from lightning_dynamics.objective.randomness import stream_seed
+from lightning_dynamics.objective.sandbox import Clones
 
 _MOST_SAVED = 16  # copies of the weights that wait for a probe
 

@@ -12,8 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_dynamics.callbacks.cadence import check_positive_integer
 from lightning_dynamics.callbacks.map_style import MapStyleSource, ProbeItem, share_batches
 from lightning_dynamics.callbacks.probe_state import restore_batches
+from lightning_dynamics.objective.copies import private_copy
 from lightning_dynamics.objective.loss import batch_length
-from lightning_dynamics.objective.sandbox import fork_rng, private_copy
+from lightning_dynamics.objective.randomness import fork_rng
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,10 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_dynamics.objective.copies import private_copy
 from lightning_dynamics.objective.double_backward import refuse_reentrant_checkpointing, twice_differentiable
 from lightning_dynamics.objective.memory import SavedBytes, available_memory
 from lightning_dynamics.objective.parameters import Layout, ParameterFilter, select_parameters
-from lightning_dynamics.objective.sandbox import Clones, Sandbox, fork_rng, private_copy, seed_everything
+from lightning_dynamics.objective.randomness import fork_rng, seed_everything, stream_seed
+from lightning_dynamics.objective.sandbox import Clones, Sandbox
 
 Part = Literal["all", "even", "odd"]
 """All batches of an objective, or the half of them with even or odd numbers."""
@@ -339,12 +340,6 @@ class Linearization:
 
 def _parity(index: int) -> Part:
     return "odd" if index % 2 else "even"
-
-
-def stream_seed(*parts: int) -> int:
-    """A 63-bit seed that depends on all of the parts, well mixed: neighbouring parts give unrelated streams."""
-    digest = hashlib.blake2b(",".join(str(part) for part in parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def batch_length(batch: Any) -> float:

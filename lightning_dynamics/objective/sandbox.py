@@ -8,19 +8,16 @@ module keeps its identity, so that hooks and closures over it find the private s
 from __future__ import annotations
 
 import copy
-import random
-import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_dynamics.objective.copies import IMMUTABLE, PrivateTensors, clone, equal, narrower
 
 # Copied shallowly: containers that the module machinery reads, whose contents (hooks, names) are shared.
 _REGISTRIES = frozenset(
@@ -41,99 +38,12 @@ _REGISTRIES = frozenset(
     }
 )
 _REBUILT = frozenset({"_parameters", "_buffers", "_hparams_initial"})
-_IMMUTABLE = (
-    int,
-    float,
-    bool,
-    str,
-    bytes,
-    complex,
-    type(None),
-    type,
-    range,
-    frozenset,
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.ModuleType,
-)
 _DATA = (Dataset, DataLoader, Sampler)
 _CONTAINERS = (list, tuple, dict, deque)
 _LARGE = 1 << 20  # bytes from which a tensor attribute is copied once and not at every evaluation
 
 Clones = dict[int, tuple["weakref.ref[Tensor]", Tensor]]
 """Private copies of large tensors: the original and its copy."""
-
-
-@contextmanager
-def fork_rng() -> Iterator[None]:
-    """Give the random number generators back their state: Python, NumPy, PyTorch on the CPU and on devices in use."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())] if _cuda_in_use() else []
-    mps = torch.mps.get_rng_state() if _mps_in_use() else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        for index, state in enumerate(cuda):
-            torch.cuda.set_rng_state(state, index)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch; only ever called under :func:`fork_rng`.
-
-    Devices that are not in use yet are left alone: ``torch.manual_seed`` would leave them a seed for when they are.
-    """
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    if _cuda_in_use():
-        torch.cuda.manual_seed_all(seed)
-    if _mps_in_use():
-        torch.mps.manual_seed(seed)
-
-
-def private_copy(batch: Any, dtype: torch.dtype | None = None) -> Any:
-    """A copy of a batch that may be written to, with floating tensors narrower than ``dtype`` raised to it.
-
-    Other objects than the usual containers are deep-copied, with the tensors in them treated in the same way.
-    """
-    if isinstance(batch, Tensor):
-        return _raised(batch, dtype)
-    if isinstance(batch, _IMMUTABLE):
-        return batch
-    if type(batch) in (list, tuple):
-        return type(batch)(private_copy(member, dtype) for member in batch)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(private_copy(member, dtype) for member in batch))
-    if type(batch) in (dict, OrderedDict):
-        return type(batch)((key, private_copy(member, dtype)) for key, member in batch.items())
-
-    def copy_tensor(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-        private = memo[id(tensor)] = _raised(tensor, dtype)
-        return private
-
-    with _PrivateTensors(copy_tensor):
-        return copy.deepcopy(batch)
-
-
-def _raised(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    wide = dtype is not None and tensor.is_floating_point() and narrower(tensor.dtype, dtype)
-    return tensor.detach().to(dtype) if wide else tensor.detach().clone()
-
-
-def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_available() and torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-def _mps_in_use() -> bool:
-    return torch.backends.mps.is_available()
 
 
 class Sandbox:
@@ -221,13 +131,13 @@ class Sandbox:
             for buffer in original.get("_buffers", {}).values():
                 if buffer is not None and id(buffer) not in memo:
                     memo[id(buffer)] = self._private(buffer)
-        with _PrivateTensors(self._copy_tensor):
+        with PrivateTensors(self._copy_tensor):
             for name, parameter in self._parameters.items():
                 for key, value in vars(parameter).items():
                     setattr(self._leaves[id(parameter)], key, self._copy(f"{name}.{key}", key, value, memo))
         for name, owner, original in self._originals:
             prefix = f"{name}." if name else ""
-            with _PrivateTensors(self._copy_tensor):
+            with PrivateTensors(self._copy_tensor):
                 private = {key: self._copy(prefix + key, key, value, memo) for key, value in original.items()}
             for registry in ("_parameters", "_buffers"):
                 if registry in original:
@@ -254,7 +164,7 @@ class Sandbox:
             leaf, value = self._leaves[id(parameter)], self._private(parameter)
             if leaf.shape != value.shape:
                 leaf.data = value
-            elif not _equal(leaf.data, value):
+            elif not equal(leaf.data, value):
                 leaf.data.copy_(value)
                 if leaf.requires_grad:
                     written.append(name)
@@ -312,7 +222,7 @@ class Sandbox:
         return self._values.get(id(tensor), tensor).detach().to(tensor.device)
 
     def _copy(self, path: str, key: str, value: Any, memo: dict[int, Any]) -> Any:
-        if isinstance(value, _IMMUTABLE):
+        if isinstance(value, IMMUTABLE):
             return value
         if id(value) in memo:
             return memo[id(value)]
@@ -341,13 +251,13 @@ class Sandbox:
     def _copy_tensor(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         """A private tensor. A large one is copied once, and again only when it or its copy was written to."""
         if tensor.numel() * tensor.element_size() < _LARGE:
-            return _clone(tensor, memo)
+            return clone(tensor, memo)
         known = self._clones.get(id(tensor))
         # by value: writes through `.data` and to inference tensors are counted in no version
-        if known and known[0]() is tensor and _equal(known[1].detach(), tensor.detach()):
+        if known and known[0]() is tensor and equal(known[1].detach(), tensor.detach()):
             private = memo[id(tensor)] = known[1]
             return private
-        private = _clone(tensor, memo)
+        private = clone(tensor, memo)
         self._clones[id(tensor)] = (weakref.ref(tensor), private)
         return private
 
@@ -368,34 +278,6 @@ class _Untouchable:
         )
 
 
-class _PrivateTensors(TorchFunctionMode):
-    """Lets ``deepcopy`` copy any tensor, however deep it lies: one that is attached to a graph is refused otherwise."""
-
-    def __init__(self, copy_tensor: Callable[[Tensor, dict[int, Any]], Tensor] | None = None) -> None:
-        super().__init__()
-        self._copy_tensor = copy_tensor if copy_tensor is not None else _clone
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__:
-            tensor, memo = args
-            return memo[id(tensor)] if id(tensor) in memo else self._copy_tensor(tensor, memo)
-        return func(*args, **(kwargs or {}))
-
-
-def _clone(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    private = memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
-    return private
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same values, NaN counting as equal to itself."""
-    if one.shape != other.shape or one.dtype != other.dtype or one.layout != other.layout:
-        return False
-    if one.layout is not torch.strided or torch.equal(one, other):
-        return one.layout is torch.strided
-    return bool(one.is_floating_point() and torch.equal(one.nan_to_num(), other.nan_to_num()))
-
-
 def _set_version(leaf: Tensor, version: int) -> None:
     """Set a leaf's version back once it has its value again, or its graphs would count as overwritten."""
     if leaf._version != version:
@@ -412,10 +294,6 @@ def _keep_data(container: Any, memo: dict[int, Any]) -> None:
             memo[id(member)] = member
         elif isinstance(member, _CONTAINERS) and id(member) not in memo:
             _keep_data(member, memo)
-
-
-def narrower(have: torch.dtype, want: torch.dtype) -> bool:
-    return torch.finfo(have).bits < torch.finfo(want).bits
 
 
 def _all_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_dynamics.objective import Sandbox
-from lightning_dynamics.objective.sandbox import fork_rng, private_copy, seed_everything
+from lightning_dynamics.objective.copies import private_copy
+from lightning_dynamics.objective.randomness import fork_rng, seed_everything
 
 
 class Nasty(nn.Module):
