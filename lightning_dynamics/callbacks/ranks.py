@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dynamics.objective import Layout, Linearization
-from lightning_dynamics.objective.loss import Part
+from lightning_dynamics.linalg import OnSpaceOf
+from lightning_dynamics.objective import Kind, Layout, Linearization, Part
 
 _PARTS: tuple[Part, ...] = ("all", "even", "odd")
+_KINDS: tuple[Kind, ...] = ("hessian", "gauss_newton", "residual", "fisher", "empirical_fisher")
 _END, _FIT, _EVALUATE, _PRODUCT = 0, 1, 2, 3
 
 
@@ -68,7 +69,7 @@ class Ranks:
     def command(self, *numbers: int) -> None:
         """Tell the others what to do; only on rank zero."""
         if self.world_size > 1:
-            self._broadcast(torch.tensor([*numbers, 0, 0][:3], dtype=torch.int64))
+            self._broadcast(torch.tensor([*numbers, 0, 0, 0, 0][:5], dtype=torch.int64))
 
     def end(self, outcome: Any) -> Any:
         """Release the others from :meth:`serve`, and give them the outcome."""
@@ -82,17 +83,17 @@ class Ranks:
             linearization: This rank's part of the objective, None if it could not be opened (every command then fails).
         """
         while True:
-            code, first, second = self._broadcast(torch.zeros(3, dtype=torch.int64)).tolist()
+            code, first, size, part, kind = self._broadcast(torch.zeros(5, dtype=torch.int64)).tolist()
             if code == _END:
                 return self.share(None)
             if code == _FIT:
                 self.fit(linearization, first)
                 continue
-            like = torch.empty(second, dtype=torch.float64 if first // 8 else torch.float32, device=self.device)
+            like = torch.empty(size, dtype=torch.float64 if first // 8 else torch.float32, device=self.device)
             if code == _EVALUATE:
                 _, _, error = self.evaluate(linearization, bool(first % 8), like)
             else:
-                _, _, error = self.product(linearization, self._broadcast(like), _PARTS[first % 8])
+                _, _, error = self.product(linearization, self._broadcast(like), _PARTS[part], _KINDS[kind])
             if error is not None and linearization is not None:
                 warnings.warn(f"Rank {self.rank} failed in its part of a measurement: {error!r}", stacklevel=2)
 
@@ -126,13 +127,13 @@ class Ranks:
         return self._sum(stats), self._sum(gradient), error
 
     def product(
-        self, linearization: Linearization | None, vector: Tensor, part: Part
+        self, linearization: Linearization | None, vector: Tensor, part: Part, kind: Kind
     ) -> tuple[Tensor, Tensor, BaseException | None]:
         """This rank's part of a product, and the sum over all of them on rank zero."""
         failed, image, error = torch.zeros(1, dtype=torch.float64), None, None
         try:
             assert linearization is not None
-            image = linearization.product(vector, part)
+            image = linearization.product(vector, part, kind)
         except Exception as caught:
             error = caught
             failed += 1
@@ -153,7 +154,7 @@ class Ranks:
         return there.to(tensor.device)
 
 
-class JointLinearization:
+class JointLinearization(OnSpaceOf):
     """An objective over all ranks, as rank zero sees it: :class:`Linearization` with every sum taken over the ranks.
 
     Args:
@@ -163,6 +164,7 @@ class JointLinearization:
     """
 
     def __init__(self, local: Linearization, ranks: Ranks, interrupted: Callable[[], bool]) -> None:
+        super().__init__(local)
         self.layout: Layout = local.layout
         self.weights: dict[Part, float] = dict.fromkeys(_PARTS, 0.0)
         self.reached = False
@@ -170,18 +172,6 @@ class JointLinearization:
         self._local = local
         self._ranks = ranks
         self._interrupted = interrupted
-
-    @property
-    def size(self) -> int:
-        return self._local.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._local.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._local.device
 
     @property
     def is_kept(self) -> bool:
@@ -200,13 +190,13 @@ class JointLinearization:
         self.reached = bool(stats[4] > 0)
         return float(stats[0]), gradient
 
-    def product(self, vector: Tensor, part: Part = "all") -> Tensor:
+    def product(self, vector: Tensor, part: Part = "all", kind: Kind = "hessian") -> Tensor:
         self._make_way()
         self.products += 1
-        self._ranks.command(_PRODUCT, _width(vector) + _PARTS.index(part), self.size)
+        self._ranks.command(_PRODUCT, _width(vector), self.size, _PARTS.index(part), _KINDS.index(kind))
         if self._ranks.world_size > 1:
             self._ranks._broadcast(vector)
-        failed, image, error = self._ranks.product(self._local, vector, part)
+        failed, image, error = self._ranks.product(self._local, vector, part, kind)
         self._check(float(failed), error)
         return image
 

@@ -4,10 +4,18 @@ from lightning_dynamics.linalg.completeness import ComplementBounds, bound_compl
 from lightning_dynamics.linalg.density import Estimate, SpectralDensity, spectral_density
 from lightning_dynamics.linalg.eigenpairs import eigenpairs
 from lightning_dynamics.linalg.krylov import KrylovSpace, RitzPairs
-from lightning_dynamics.linalg.operator import CongruentOperator, MatrixOperator, SymmetricOperator
+from lightning_dynamics.linalg.operator import (
+    BlockOperator,
+    CongruentOperator,
+    MatrixOperator,
+    OnSpaceOf,
+    SymmetricOperator,
+    diagonal_entries,
+)
 from lightning_dynamics.linalg.results import Eigenpairs, ExtremalEigenpairs
 
 __all__ = [
+    "BlockOperator",
     "ComplementBounds",
     "CongruentOperator",
     "Eigenpairs",
@@ -15,10 +23,12 @@ __all__ = [
     "ExtremalEigenpairs",
     "KrylovSpace",
     "MatrixOperator",
+    "OnSpaceOf",
     "RitzPairs",
     "SpectralDensity",
     "SymmetricOperator",
     "bound_complement",
+    "diagonal_entries",
     "eigenpairs",
     "spectral_density",
 ]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_dynamics.linalg.krylov import random_vector
-from lightning_dynamics.linalg.operator import SymmetricOperator
-from lightning_dynamics.objective.loss import Objective, Part
+from lightning_dynamics.linalg.operator import OnSpaceOf, SymmetricOperator
+from lightning_dynamics.objective.linearization import Part
+from lightning_dynamics.objective.loss import Objective
+from lightning_dynamics.objective.outputs import Kind
 from lightning_dynamics.objective.parameters import Layout
 
 
@@ -37,10 +39,10 @@ class Evaluation(Protocol):
 
     def evaluate(self, keep: bool | None = None, reserve: int = 0) -> tuple[float, Tensor]: ...
 
-    def product(self, vector: Tensor, part: Part = "all") -> Tensor: ...
+    def product(self, vector: Tensor, part: Part = "all", kind: Kind = "hessian") -> Tensor: ...
 
 
-class HessianOperator:
+class HessianOperator(OnSpaceOf):
     """∇²L at fixed weights, by reverse over reverse: exact up to rounding, almost everywhere where L has kinks.
 
     Attributes:
@@ -57,6 +59,7 @@ class HessianOperator:
     """
 
     def __init__(self, at: Evaluation, *, reserve: int = 0, keep: bool | None = None) -> None:
+        super().__init__(at)
         total, gradient = at.evaluate(keep, reserve)
         if not at.weights["all"]:
             raise ValueError("No batch of the probe gave a loss (or all weigh nothing): there is nothing to measure.")
@@ -85,24 +88,45 @@ class HessianOperator:
         """Whether products come from kept gradient graphs."""
         return self._at.is_kept
 
-    @property
-    def size(self) -> int:
-        return self._at.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._at.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._at.device
-
     def __call__(self, vector: Tensor) -> Tensor:
         return self.product(vector)
 
-    def product(self, vector: Tensor, part: Part = "all") -> Tensor:
-        """∇²L·v, or that of the mean loss over half of the batches."""
-        return self._at.product(vector, part).div_(self._at.weights[part])
+    def product(self, vector: Tensor, part: Part = "all", kind: Kind = "hessian") -> Tensor:
+        """∇²L·v, or the product with another matrix of the same loss, or with that of half of the batches."""
+        return self._at.product(vector, part, kind).div_(self._at.weights[part])
+
+    def operator(self, kind: Kind = "hessian", part: Part = "all") -> SymmetricOperator:
+        """Another matrix of the same loss at the same weights, see :data:`Kind`; or that of half of the batches."""
+        return _MatrixOfLoss(self, kind, part)
+
+    def blocks(self) -> dict[str, tuple[int, int]]:
+        """Ranges of coordinates, first and one after last, by the module that owns the parameters there.
+
+        Parameters of one module that do not lie side by side (a shared weight, say) make several blocks, numbered.
+        """
+        ranges: dict[str, tuple[int, int]] = {}
+        start, current = 0, ""
+        for name, size in zip(self.layout.shapes, self.layout.sizes, strict=True):
+            owner = name.rpartition(".")[0] or name
+            if current.partition("#")[0] == owner and ranges:
+                ranges[current] = (ranges[current][0], start + size)
+            else:
+                again = sum(1 for other in ranges if other.partition("#")[0] == owner)
+                current = owner if not again else f"{owner}#{again + 1}"
+                ranges[current] = (start, start + size)
+            start += size
+        return ranges
+
+
+class _MatrixOfLoss(OnSpaceOf):
+    def __init__(self, hessian: HessianOperator, kind: Kind, part: Part) -> None:
+        super().__init__(hessian)
+        self._hessian = hessian
+        self._kind = kind
+        self._part = part
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        return self._hessian.product(vector, self._part, self._kind)
 
 
 @contextmanager
@@ -120,6 +144,24 @@ def hessian(objective: Objective) -> Iterator[HessianOperator]:
     """
     with objective.linearize() as at:
         yield HessianOperator(at)
+
+
+@contextmanager
+def curvature(objective: Objective, kind: Kind) -> Iterator[SymmetricOperator]:
+    """Another curvature matrix of an objective with ``output_fn``, see :data:`Kind`, while the context is open.
+
+    Example:
+        >>> module = torch.nn.Linear(2, 3, bias=False)
+        >>> x, y = torch.eye(2), torch.tensor([0, 1])
+        >>> cross_entropy = torch.nn.functional.cross_entropy
+        >>> loss = lambda module, batch: cross_entropy(module(batch[0]), batch[1])
+        >>> outputs = lambda module, batch: (module(batch[0]), lambda z: cross_entropy(z, batch[1]))
+        >>> with curvature(Objective(module, loss, [(x, y)], output_fn=outputs), "gauss_newton") as G:
+        ...     G(torch.ones(6)).shape
+        torch.Size([6])
+    """
+    with hessian(objective) as operator:
+        yield operator.operator(kind)
 
 
 def symmetry_defect(operator: SymmetricOperator, generator: torch.Generator) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,13 +11,11 @@ from torch import Tensor, nn
 
 from lightning_dynamics.objective.copies import private_copy
 from lightning_dynamics.objective.double_backward import refuse_reentrant_checkpointing, twice_differentiable
-from lightning_dynamics.objective.memory import SavedBytes, available_memory
-from lightning_dynamics.objective.parameters import Layout, ParameterFilter, select_parameters
+from lightning_dynamics.objective.linearization import Linearization, Term
+from lightning_dynamics.objective.outputs import Kind, OutputFn, check_outputs, only_one, outer_value, tapped
+from lightning_dynamics.objective.parameters import ParameterFilter, select_parameters
 from lightning_dynamics.objective.randomness import fork_rng, seed_everything, stream_seed
 from lightning_dynamics.objective.sandbox import Clones, Sandbox
-
-Part = Literal["all", "even", "odd"]
-"""All batches of an objective, or the half of them with even or odd numbers."""
 
 LossFunction = Callable[[nn.Module, Any], Tensor | None]
 """A batch's loss, a scalar tensor, or None for a batch that is to be skipped."""
@@ -42,6 +39,7 @@ class Objective:
         weights: w_b, one number per batch; by default the length of the first tensor found in the batch, which is right
             for losses that are means over samples.
         parameters: Which parameters make up θ, see :data:`ParameterFilter`; all that require a gradient by default.
+        output_fn: Where the network's outputs are, see :data:`OutputFn`; needed for all but the Hessian.
         seed: Seed of the noise (dropout, augmentation). Batch b draws from a stream of its own.
         noise_draws: R ≥ 1; the loss is averaged over R draws of the noise, at R times the cost. A single fixed draw
             biases the largest eigenvalue upwards.
@@ -50,6 +48,7 @@ class Objective:
         training: Training flag during evaluation; None keeps each submodule's own.
         dtype: Narrowest floating type to compute in; parameters, buffers and batches below it are raised to it. None
             keeps every type as it is.
+        output_fn: Where the network's outputs are, see :data:`OutputFn`; for Gauss-Newton and Fisher matrices.
         engine: See :data:`Engine`; ``"auto"`` keeps the graphs if they fit into half of the memory that is free.
         beside: Objects whose state is private too, like the module's.
         keep: Objects that the sandbox does not copy.
@@ -68,6 +67,7 @@ class Objective:
         *,
         weights: Sequence[float] | None = None,
         parameters: ParameterFilter | None = None,
+        output_fn: OutputFn | None = None,
         seed: int = 0,
         noise_draws: int = 1,
         indices: Sequence[int] | None = None,
@@ -90,6 +90,8 @@ class Objective:
         self.engine = engine
         self.seed = seed
         self.noise_draws = noise_draws
+        self.output_fn = output_fn
+        self.graph_bytes: int | None = None  # what the gradient graphs of all batches take, once it is known
         self._loss = loss
         self._batches = batches
         self._weights = [float(w) for w in weights] if weights is not None else [batch_length(b) for b in batches]
@@ -102,7 +104,6 @@ class Objective:
         self._where = parameters
         self._dtype = dtype
         self._context = context
-        self._bytes: int | None = None
         self._is_settled = False
         self._is_inspected = False
         self._sandbox = Sandbox(
@@ -122,16 +123,10 @@ class Objective:
         """Attributes that an evaluation shares with the module instead of copying them (see :class:`Sandbox`)."""
         return self._sandbox.shared
 
-    def _graph_bytes(self, at: Linearization) -> int:
-        """What keeping the gradient graphs of all batches takes; found on the first batch, once."""
-        if self._bytes is None:
-            saved = SavedBytes()
-            with saved.counting():
-                term = next(self._terms(), None)
-                if term is not None:
-                    at._gradient(term.loss, graph=True)
-            self._bytes = saved.total * len(self._batches) * self.noise_draws
-        return self._bytes
+    @property
+    def num_terms(self) -> int:
+        """Number of losses that one evaluation computes."""
+        return len(self._batches) * self.noise_draws
 
     def leaf_of(self, parameter: Tensor) -> Tensor:
         """The private leaf that stands for a parameter during an evaluation; another tensor stands for itself."""
@@ -173,23 +168,47 @@ class Objective:
             stack.callback(evaluation.close)
             yield evaluation
 
-    def _terms(self) -> Iterator[_Term]:
-        """Each batch's loss, once per noise draw, each from the same state. Only inside the sandbox."""
+    def _terms(self, kind: Kind = "hessian") -> Iterator[Term]:
+        """Each batch's loss, once per noise draw, each from the same state. Only inside the sandbox.
+
+        Args:
+            kind: For another matrix than the Hessian, with the outputs and the function of them that it needs.
+        """
         for index, batch, weight in zip(self._indices, self._batches, self._weights, strict=True):
             for draw in range(self.noise_draws):
-                loss = self._evaluate(index, batch, draw)
+                outputs, loss = self._composed(kind, index, batch, draw)
                 if loss is not None:
-                    yield _Term(index, weight / self.noise_draws, loss)
+                    yield Term(index, draw, weight / self.noise_draws, loss, outputs)
 
-    def _evaluate(self, index: int, batch: Any, draw: int) -> Tensor | None:
+    def _composed(self, kind: Kind, index: int, batch: Any, draw: int) -> tuple[Tensor | None, Tensor | None]:
+        if kind == "hessian":
+            return None, self._evaluate(index, batch, draw)
+        where = self.output_fn
+        if where is None:
+            raise ValueError(f"A {kind} matrix needs `output_fn=`: which are the network's outputs?")
+        if isinstance(where, str):
+            if kind != "gauss_newton":
+                raise ValueError(f"A {kind} matrix needs a function as `output_fn=`, not a module's name.")
+            caught: list[Tensor] = []
+            loss = self._evaluate(index, batch, draw, tapped(self._loss, where, caught))
+            return (None, None) if loss is None else (only_one(caught, where), loss)
+        outputs, head = check_outputs(self._run(where, index, batch, draw))
+        return outer_value(kind, outputs, head)
+
+    def _run(self, function: Callable[[nn.Module, Any], Any], index: int, batch: Any, draw: int) -> Any:
+        """A function of module and batch, from the state that every evaluation starts from."""
         self._sandbox.renew()
         self._is_settled = False
         seed_everything(stream_seed(self.seed, index, draw))
-        loss = self._loss(self.module, private_copy(batch, self._dtype))
+        result = function(self.module, private_copy(batch, self._dtype))
         if self._is_settled:
             self._sandbox.mend()
         else:
             self.settle()
+        return result
+
+    def _evaluate(self, index: int, batch: Any, draw: int, function: LossFunction | None = None) -> Tensor | None:
+        loss = self._run(self._loss if function is None else function, index, batch, draw)
         if loss is None:
             return None
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -204,142 +223,6 @@ class Objective:
             refuse_reentrant_checkpointing(loss)
             self._is_inspected = True
         return loss.reshape(())
-
-
-@dataclass(frozen=True)
-class _Term:
-    """One summand of the objective: batch number, weight, loss with its graph."""
-
-    index: int
-    weight: float
-    loss: Tensor
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """One summand's gradient, with the graph that a product differentiates."""
-
-    index: int
-    weight: float
-    gradient: list[Tensor | None]
-
-
-class Linearization:
-    """An objective opened at fixed weights θ. All sums are over this process's batches.
-
-    Attributes:
-        layout: How θ, a vector of shape ``(size,)``, maps onto the parameters.
-        weights: Σ w_b over all batches that were not skipped, and over those with even and with odd numbers; known
-            after :meth:`evaluate`.
-    """
-
-    def __init__(self, objective: Objective, leaves: dict[str, Tensor]) -> None:
-        self.layout = Layout.of(leaves)
-        self.weights: dict[Part, float] = {"all": 0.0, "even": 0.0, "odd": 0.0}
-        self.reached = False
-        self._objective = objective
-        self._leaves = list(leaves.values())
-        self._graphs: list[_Graph] | None = None
-
-    @property
-    def size(self) -> int:
-        return self.layout.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        types = {leaf.dtype for leaf in self._leaves}
-        return torch.float64 if torch.float64 in types else torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return self._leaves[0].device
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether gradient graphs are held for the products."""
-        return self._graphs is not None
-
-    def evaluate(self, keep: bool | None = None, reserve: int = 0) -> tuple[float, Tensor]:
-        """Compute Σ w_b ℓ_b and Σ w_b ∇ℓ_b, shape ``(size,)``, and set :attr:`weights`.
-
-        Args:
-            keep: Whether to keep the graphs for :meth:`product`; None decides by the objective's engine and the free
-                memory.
-            reserve: Bytes that must stay free besides the graphs (the solver's vectors).
-        """
-        keep = self.graphs_fit(reserve) if keep is None else keep
-        total, gradient, reached = 0.0, self._zeros(), False
-        weights: dict[Part, float] = {"all": 0.0, "even": 0.0, "odd": 0.0}
-        graphs = []
-        for term in self._objective._terms():
-            parts = self._gradient(term.loss, graph=keep)
-            reached = reached or any(part is not None for part in parts)
-            total += term.weight * float(term.loss.detach())
-            weights["all"] += term.weight
-            weights[_parity(term.index)] += term.weight
-            gradient.add_(self.layout.flatten(parts, gradient), alpha=term.weight)
-            if keep:
-                graphs.append(_Graph(term.index, term.weight, parts))
-        self.weights, self.reached = weights, reached
-        self._graphs = graphs if keep else None
-        return total, gradient
-
-    def product(self, vector: Tensor, part: Part = "all") -> Tensor:
-        """Σ w_b ∇²ℓ_b · v, shape ``(size,)``, over all batches, or over those with even or odd numbers."""
-        directions = self.layout.unflatten(vector)
-        like, out = torch.empty(0, dtype=self.dtype, device=self.device), None
-        for graph in self._gradients():
-            if part in ("all", _parity(graph.index)):
-                second = self.layout.flatten(self._differentiate(graph.gradient, directions), like)
-                out = second.mul_(graph.weight) if out is None else out.add_(second, alpha=graph.weight)
-        return self._zeros() if out is None else out
-
-    def graphs_fit(self, reserve: int = 0, sharers: int = 1) -> bool:
-        """Whether the gradient graphs of all batches, and ``reserve`` bytes, fit into half of the free memory.
-
-        Args:
-            reserve: Bytes needed besides the graphs.
-            sharers: Processes that ask the same of the same memory.
-        """
-        if self._objective.engine != "auto":
-            return self._objective.engine == "kept"
-        free = available_memory(self.device)
-        return free is None or self._objective._graph_bytes(self) + reserve <= free // (2 * sharers)
-
-    def close(self) -> None:
-        """Let go of the graphs."""
-        self._graphs = None
-
-    def _gradients(self) -> Iterator[_Graph]:
-        if self._graphs is not None:
-            yield from self._graphs
-            return
-        for term in self._objective._terms():
-            yield _Graph(term.index, term.weight, self._gradient(term.loss, graph=True))
-
-    def _gradient(self, loss: Tensor, graph: bool) -> list[Tensor | None]:
-        return list(torch.autograd.grad(loss, self._leaves, create_graph=graph, allow_unused=True))
-
-    def _differentiate(self, gradient: list[Tensor | None], directions: list[Tensor]) -> list[Tensor | None]:
-        pairs = [
-            (g, v.to(g.dtype))
-            for g, v in zip(gradient, directions, strict=True)
-            if g is not None and g.requires_grad  # a gradient that is constant has no graph
-        ]
-        if not pairs:
-            return [None] * len(gradient)
-        outputs, vectors = zip(*pairs, strict=True)
-        again = torch.autograd.grad(
-            outputs, self._leaves, grad_outputs=vectors, retain_graph=self.is_kept, allow_unused=True
-        )
-        return list(again)
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
-
-
-def _parity(index: int) -> Part:
-    return "odd" if index % 2 else "even"
 
 
 def batch_length(batch: Any) -> float:

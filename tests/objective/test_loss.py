@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from lightning_dynamics.linalg import eigenpairs
 from lightning_dynamics.objective import Objective, hessian, symmetry_defect
 
+MEMORY = "lightning_dynamics.objective.linearization"
+
 
 def data(n=24, d=5, classes=3, seed=0, dtype=torch.float64):
     draw = generator(seed)
@@ -307,11 +309,13 @@ def test_rebuilding_gives_the_same_bits_as_keeping():
 def test_graphs_are_rebuilt_where_they_do_not_fit(monkeypatch):
     module = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     for free, kept in ((1 << 30, True), (1000, False), (None, True)):
-        monkeypatch.setattr("lightning_dynamics.objective.loss.available_memory", lambda device, free=free: free)
+        monkeypatch.setattr(
+            "lightning_dynamics.objective.linearization.available_memory", lambda device, free=free: free
+        )
         with Objective(module, cross_entropy, [data()]).linearize() as at:
             at.evaluate()
             assert at.is_kept is kept
-    monkeypatch.setattr("lightning_dynamics.objective.loss.available_memory", lambda device: 1 << 30)
+    monkeypatch.setattr(f"{MEMORY}.available_memory", lambda device: 1 << 30)
     with Objective(module, cross_entropy, [data()]).linearize() as at:
         at.evaluate(reserve=1 << 30)
         assert not at.is_kept

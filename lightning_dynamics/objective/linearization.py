@@ -1,0 +1,220 @@
+"""An objective opened at fixed weights: sums over its batches of losses, gradients and products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_dynamics.objective.memory import SavedBytes, available_memory
+from lightning_dynamics.objective.outputs import Composition, Kind, check_agreement
+from lightning_dynamics.objective.parameters import Layout
+
+if TYPE_CHECKING:
+    from lightning_dynamics.objective.loss import Objective
+
+Part = Literal["all", "even", "odd"]
+"""All batches of an objective, or the half of them with even or odd numbers."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the objective: batch number, noise draw, weight, loss with its graph, outputs where needed."""
+
+    index: int
+    draw: int
+    weight: float
+    loss: Tensor
+    outputs: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One summand's gradient, with the graph that a product differentiates."""
+
+    index: int
+    weight: float
+    gradient: list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Composed:
+    """One summand's outputs and the function of them, ready for products."""
+
+    index: int
+    weight: float
+    composition: Composition
+
+
+class Linearization:
+    """An objective opened at fixed weights θ. All sums are over this process's batches.
+
+    Attributes:
+        layout: How θ, a vector of shape ``(size,)``, maps onto the parameters.
+        weights: Σ w_b over all batches that were not skipped, and over those with even and with odd numbers; known
+            after :meth:`evaluate`.
+    """
+
+    def __init__(self, objective: Objective, leaves: dict[str, Tensor]) -> None:
+        self.layout = Layout.of(leaves)
+        self.weights: dict[Part, float] = {"all": 0.0, "even": 0.0, "odd": 0.0}
+        self.reached = False
+        self._objective = objective
+        self._leaves = list(leaves.values())
+        self._graphs: list[_Graph] | None = None
+        self._composed: dict[Kind, list[_Composed]] = {}
+        self._losses: dict[tuple[int, int], float] = {}
+
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        types = {leaf.dtype for leaf in self._leaves}
+        return torch.float64 if torch.float64 in types else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self._leaves[0].device
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether gradient graphs are held for the products."""
+        return self._graphs is not None
+
+    def evaluate(self, keep: bool | None = None, reserve: int = 0) -> tuple[float, Tensor]:
+        """Compute Σ w_b ℓ_b and Σ w_b ∇ℓ_b, shape ``(size,)``, and set :attr:`weights`.
+
+        Args:
+            keep: Whether to keep the graphs for :meth:`product`; None decides by the objective's engine and the free
+                memory.
+            reserve: Bytes that must stay free besides the graphs (the solver's vectors).
+        """
+        keep = self.graphs_fit(reserve) if keep is None else keep
+        total, gradient, reached = 0.0, self._zeros(), False
+        weights: dict[Part, float] = {"all": 0.0, "even": 0.0, "odd": 0.0}
+        graphs = []
+        for term in self._objective._terms():
+            parts = self._gradient(term.loss, graph=keep)
+            self._losses[term.index, term.draw] = value = float(term.loss.detach())
+            reached = reached or any(part is not None for part in parts)
+            total += term.weight * value
+            weights["all"] += term.weight
+            weights[_parity(term.index)] += term.weight
+            gradient.add_(self.layout.flatten(parts, gradient), alpha=term.weight)
+            if keep:
+                graphs.append(_Graph(term.index, term.weight, parts))
+        self.weights, self.reached = weights, reached
+        self._graphs = graphs if keep else None
+        return total, gradient
+
+    def product(self, vector: Tensor, part: Part = "all", kind: Kind = "hessian") -> Tensor:
+        """Σ w_b A_b · v, shape ``(size,)``, with the matrix of this kind of each batch.
+
+        Args:
+            vector: v, shape ``(size,)``.
+            part: Over all batches, or over those with even or odd numbers.
+            kind: Which matrix.
+        """
+        if kind == "residual":
+            return self.product(vector, part).sub_(self.product(vector, part, "gauss_newton"))
+        directions = self.layout.unflatten(vector)
+        like, out = torch.empty(0, dtype=self.dtype, device=self.device), None
+        for weight, image in self._images(directions, part, kind):
+            second = self.layout.flatten(image, like)
+            out = second.mul_(weight) if out is None else out.add_(second, alpha=weight)
+        return self._zeros() if out is None else out
+
+    def graphs_fit(self, reserve: int = 0, sharers: int = 1) -> bool:
+        """Whether the gradient graphs of all batches, and ``reserve`` bytes, fit into half of the free memory.
+
+        Args:
+            reserve: Bytes needed besides the graphs.
+            sharers: Processes that ask the same of the same memory.
+        """
+        if self._objective.engine != "auto":
+            return self._objective.engine == "kept"
+        free = available_memory(self.device)
+        return free is None or self._graph_bytes() + reserve <= free // (2 * sharers)
+
+    def close(self) -> None:
+        """Let go of the graphs."""
+        self._graphs = None
+        self._composed = {}
+
+    def _graph_bytes(self) -> int:
+        """What keeping the gradient graphs of all batches takes; found on the first batch, once."""
+        if self._objective.graph_bytes is None:
+            saved = SavedBytes()
+            with saved.counting():
+                term = next(self._objective._terms(), None)
+                if term is not None:
+                    self._gradient(term.loss, graph=True)
+            # with outputs, their graphs are kept beside those of the gradients
+            copies = 1 if self._objective.output_fn is None else 2
+            self._objective.graph_bytes = saved.total * self._objective.num_terms * copies
+        return self._objective.graph_bytes
+
+    def _images(
+        self, directions: list[Tensor], part: Part, kind: Kind
+    ) -> Iterator[tuple[float, Sequence[Tensor | None]]]:
+        """Weight and product of each batch, in the parameters' shapes."""
+        if kind == "hessian":
+            for graph in self._gradients():
+                if part in ("all", _parity(graph.index)):
+                    yield graph.weight, self._differentiate(graph.gradient, directions)
+        else:
+            for composed in self._compositions(kind):
+                if part in ("all", _parity(composed.index)):
+                    yield composed.weight, composed.composition.product(directions)
+
+    def _compositions(self, kind: Kind) -> Iterator[_Composed]:
+        if kind in self._composed:
+            yield from self._composed[kind]
+            return
+        kept = []
+        for term in self._objective._terms(kind):
+            assert term.outputs is not None
+            if kind == "gauss_newton" and (term.index, term.draw) in self._losses:
+                check_agreement(self._losses[term.index, term.draw], float(term.loss.detach()))
+            composed = _Composed(term.index, term.weight, Composition(term.outputs, term.loss, self._leaves))
+            if self.is_kept:
+                kept.append(composed)
+            yield composed
+        if self.is_kept:
+            self._composed[kind] = kept
+
+    def _gradients(self) -> Iterator[_Graph]:
+        if self._graphs is not None:
+            yield from self._graphs
+            return
+        for term in self._objective._terms():
+            yield _Graph(term.index, term.weight, self._gradient(term.loss, graph=True))
+
+    def _gradient(self, loss: Tensor, graph: bool) -> list[Tensor | None]:
+        return list(torch.autograd.grad(loss, self._leaves, create_graph=graph, allow_unused=True))
+
+    def _differentiate(self, gradient: list[Tensor | None], directions: list[Tensor]) -> list[Tensor | None]:
+        pairs = [
+            (g, v.to(g.dtype))
+            for g, v in zip(gradient, directions, strict=True)
+            if g is not None and g.requires_grad  # a gradient that is constant has no graph
+        ]
+        if not pairs:
+            return [None] * len(gradient)
+        outputs, vectors = zip(*pairs, strict=True)
+        again = torch.autograd.grad(
+            outputs, self._leaves, grad_outputs=vectors, retain_graph=self.is_kept, allow_unused=True
+        )
+        return list(again)
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
+
+
+def _parity(index: int) -> Part:
+    return "odd" if index % 2 else "even"
