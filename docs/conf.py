@@ -40,7 +40,8 @@ class Quantities(Directive):
         table = TABLES[self.arguments[0]]
         lines = ["| key | symbol | unit | what it is | error | source |", "|---|---|---|---|---|---|"]
         for q in table.quantities:
-            key = f"`{table.family}/{q.key}`" + ("" if q.on_by_default else " (record)")
+            layer = "/<layer>" if q.per_layer else ""
+            key = f"`{table.family}/{q.key}{layer}`" + ("" if q.on_by_default else " (record)")
             cells = (key, q.symbol, q.unit, q.definition, q.error, q.source)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         holder = nodes.container()

@@ -20,7 +20,7 @@ ALLOWED = {
     "linalg": {"torch"},
     "objective": {"torch", "numpy", "linalg"},
     "metrics": {"torch", "torchmetrics", "linalg"},
-    "recording": {"torch", "matplotlib"},
+    "recording": {"torch", "matplotlib", "wandb"},
     "callbacks": {"torch", "numpy", "lightning", "linalg", "objective", "metrics", "recording", "_compat", ""},
     "_compat": {"torch", "lightning"},
     "__init__": {"callbacks", "recording"},

@@ -2,6 +2,7 @@
 
 from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.hessian import HessianMonitor
+from lightning_dynamics.callbacks.hessian_spectrum import Spectrum
 from lightning_dynamics.callbacks.probe import Probe
 
-__all__ = ["DynamicsMonitor", "HessianMonitor", "Probe"]
+__all__ = ["DynamicsMonitor", "HessianMonitor", "Probe", "Spectrum"]

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lightning_dynamics.callbacks.cadence import Cadence
+from lightning_dynamics.callbacks.cadence import Cadence, check_flag
 from lightning_dynamics.callbacks.lightning_objective import ObjectiveOptions
 from lightning_dynamics.callbacks.measured import Measured, Point
 from lightning_dynamics.callbacks.probe import ProbeData
 from lightning_dynamics.metrics import StabilityRule
+from lightning_dynamics.objective import HessianOperator, Kind
 from lightning_dynamics.recording.quantity import QuantityTable
 from lightning_dynamics.recording.record import Record, new_name, read_records
 
@@ -35,13 +37,41 @@ class DynamicsMonitor(Callback):
         cadence: When to measure.
         options: What to measure it on.
         pair: Whether to measure two consecutive steps each time and log their mean.
+        detail: When to measure in detail as well: what is too dear for every point. None for never.
+        also_log: Keys that go to the loggers besides those on by default, without the family: regular expressions for
+            whole keys.
         monitor: Whether ``EarlyStopping`` and ``ModelCheckpoint`` may monitor the logged keys.
         name: Tells apart two monitors of a kind; it becomes part of the keys.
     """
 
+    kinds: frozenset[Kind] = frozenset({"hessian"})
+    """The curvature matrices whose products are taken: each is tested before the first step."""
+
+    vectors_held = 0
+    """Vectors of the size of the parameters that a measurement holds at most, besides the gradient graphs."""
+
+    products_in_detail = 0.0
+    """Products that a measurement in detail costs beyond a point."""
+
+    detail_name = "in detail"
+    """What is measured in detail, in words."""
+
+    detail_option = ""
+    """How a user asks for measurements in detail."""
+
     def __init__(
-        self, cadence: Cadence, options: ObjectiveOptions, *, pair: bool, monitor: bool, name: str | None
+        self,
+        cadence: Cadence,
+        options: ObjectiveOptions,
+        *,
+        pair: bool,
+        monitor: bool,
+        name: str | None,
+        detail: Cadence | None = None,
+        also_log: str | Sequence[str] = (),
     ) -> None:
+        for option, value in (("pair", pair), ("monitor", monitor)):
+            check_flag(option, value)
         if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
             raise MisconfigurationException(
                 f"`name` must be made of letters, digits, '_' and '-', since it becomes part of the keys; got {name!r}."
@@ -49,22 +79,34 @@ class DynamicsMonitor(Callback):
         self.cadence = cadence
         self.options = options
         self.pair = pair
+        self.detail = detail
         self.monitor = monitor
         self.name = name
+        self._also_log = compiled_patterns("also_log", also_log)
         self._session: Any = None
         self._restored: dict[str, Any] | None = None
         self._home = os.getpid()
         self._token = new_name()
 
     @property
+    def variant(self) -> str | None:
+        """What tells it apart from others of its kind in one Trainer."""
+        return self.name
+
+    @property
+    def has_open_detail(self) -> bool:
+        """Whether measurements in detail are wanted, at times that have to be found."""
+        return self.detail is not None and self.detail.is_open
+
+    @property
     def label(self) -> str:
         """What the monitor is called in records and messages."""
         kind = type(self).__name__
-        return kind if self.name is None else f"{kind}[{self.name}]"
+        return kind if self.variant is None else f"{kind}[{self.variant}]"
 
     @property
     def state_key(self) -> str:
-        return super().state_key if self.name is None else f"{super().state_key}[{self.name}]"
+        return super().state_key if self.variant is None else f"{super().state_key}[{self.variant}]"
 
     @property
     @abstractmethod
@@ -84,30 +126,34 @@ class DynamicsMonitor(Callback):
         """Make one measurement out of those at two consecutive steps; by default the mean of each value."""
         return Measured(
             scalars=_mean(first.scalars, second.scalars),
-            errors=_mean(first.errors, second.errors),
+            errors=_mean(first.errors, {k: v for k, v in second.errors.items() if k in second.scalars}),
             arrays=first.arrays,
             notes=dict(first.notes),
         )
 
-    def check(self, size: int) -> None:
-        """Refuse options that do not fit an objective in ``size`` parameters; called before the first step."""
+    def check(self, hessian: HessianOperator) -> None:
+        """Refuse options that do not fit the objective; called before the first step."""
 
     def describe(self) -> dict[str, Any]:
         """The monitor's own options, for the record file's header."""
         return {}
 
-    def introduce(self, rule: StabilityRule, data: ProbeData, every: int | None) -> dict[str, Any]:
+    def introduce(
+        self, rule: StabilityRule, data: ProbeData, every: int | None, every_detail: int | None = None
+    ) -> dict[str, Any]:
         """What the record file's header says of this monitor.
 
         Args:
             rule: The optimizers' edge of stability at the first step.
             data: The probe.
             every: The default cadence, where it applies.
+            every_detail: That of measurements in detail; 0 for never.
         """
         return {
             "family": self.table.family,
             "cadence": f"every {every} steps (default)" if self.cadence.is_open else str(self.cadence),
             "pair": self.pair,
+            "in_detail": self._describe_detail(every_detail),
             "threshold_rule": rule.description,
             "probe": data.describe(),
             "mode": self.options.mode,
@@ -118,9 +164,19 @@ class DynamicsMonitor(Callback):
         }
 
     def logged(self, measured: Measured) -> dict[str, float]:
-        """The values that go to the loggers: those on by default. All of them stand in the record."""
-        default = set(self.table.keys(default_only=True))
-        return {key: value for key, value in measured.scalars.items() if key in default}
+        """The values that go to the loggers: those on by default, and ``also_log``. All of them stand in the record."""
+        return {key: value for key, value in measured.scalars.items() if self._is_logged(key)}
+
+    def _is_logged(self, key: str) -> bool:
+        if self.table.is_on_by_default(key):
+            return True
+        bare = key.removeprefix(f"{self.table.family}/")
+        return any(pattern.fullmatch(bare) for pattern in self._also_log)
+
+    def _describe_detail(self, every: int | None) -> str:
+        if self.detail is None or every == 0:
+            return "never"
+        return f"every {every} steps (default)" if self.detail.is_open else str(self.detail)
 
     @property
     def history(self) -> list[Record]:
@@ -198,6 +254,16 @@ class DynamicsMonitor(Callback):
     def _pointer(self) -> Path:
         """Where a process that was spawned for the fit leaves the record file's place."""
         return Path(tempfile.gettempdir()) / f"lightning_dynamics-{self._token}"
+
+
+def compiled_patterns(name: str, patterns: str | Sequence[str]) -> list[re.Pattern[str]]:
+    """Regular expressions, or an error that names the option that they were given as."""
+    try:
+        several = [patterns] if isinstance(patterns, str) else list(patterns)
+        return [re.compile(pattern) for pattern in several]
+    except (re.error, TypeError) as error:
+        message = f"`{name}` must hold regular expressions, got {patterns!r}: {error}."
+        raise MisconfigurationException(message) from error
 
 
 def _mean(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:

@@ -27,6 +27,7 @@ class Cadence:
     log_spaced: bool = False
 
     def __post_init__(self) -> None:
+        check_flag("log_spaced", self.log_spaced)
         for name in ("every_n_train_steps", "every_n_epochs"):
             check_positive_integer(name, getattr(self, name), optional=True)
         if self.every_n_train_steps is not None and self.every_n_epochs is not None:
@@ -71,6 +72,23 @@ def check_positive_integer(name: str, value: Any, *, optional: bool = False, lea
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         remedy = " or None" if optional else ""
         raise MisconfigurationException(f"`{name}` must be an integer of at least {least}{remedy}, got {value!r}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse anything but True and False."""
+    if not isinstance(value, bool):
+        raise MisconfigurationException(f"`{name}` must be True or False, got {value!r}.")
+
+
+def check_number(name: str, value: Any, *, above: float = 0.0, below: float = math.inf, optional: bool = False) -> None:
+    """Refuse anything but a number strictly between two bounds (or None, where that is allowed)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < below:
+        bounds = f"above {above:g}" if below == math.inf else f"between {above:g} and {below:g}"
+        raise MisconfigurationException(
+            f"`{name}` must be a number {bounds}{' or None' if optional else ''}, got {value!r}."
+        )
 
 
 def _log_spaced_around(step: int) -> set[int]:

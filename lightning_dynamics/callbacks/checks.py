@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from lightning_dynamics import _compat
 from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.probe import ProbeData
-from lightning_dynamics.objective import HessianOperator, symmetry_defect
+from lightning_dynamics.linalg import SymmetricOperator
+from lightning_dynamics.objective import HessianOperator, Kind, symmetry_defect
 
 _PRODUCT = 2.3  # gradients per Hessian product, for the default cadence
 _READABLE = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
@@ -24,15 +25,16 @@ _SYMMETRIC = {torch.float64: 1e-6, torch.float32: 1e-3}  # defects that rounding
 _SYMMETRIC_NARROW = 0.1  # under autocast
 
 
-def default_cadence(trainer: Trainer, monitor: DynamicsMonitor, data: ProbeData, budget: float) -> int:
+def default_cadence(
+    trainer: Trainer, monitor: DynamicsMonitor, data: ProbeData, products: float, budget: float
+) -> int:
     """Steps between points at which they cost ``budget`` of training, rounded up to a number that is easy to read.
 
-    A step costs one gradient on a batch, a point ``products_per_point`` products of 2.3 gradients each on the probe.
+    A step costs one gradient on a batch, a point ``products`` products of 2.3 gradients each on the probe.
     """
     batches = len(data.items) + data.wanted
     per_batch = trainer.accumulate_grad_batches
-    products = monitor.products_per_point * monitor.options.noise_draws
-    least = products * _PRODUCT * max(1, batches) / per_batch / budget
+    least = products * monitor.options.noise_draws * _PRODUCT * max(1, batches) / per_batch / budget
     power = 10 ** math.floor(math.log10(least)) if least >= 10 else 1
     return next(math.ceil(m * power) for m in _READABLE if m * power >= least)
 
@@ -49,13 +51,18 @@ def preflight(monitors: Sequence[DynamicsMonitor], narrow: bool, hessian: Hessia
             derivative is a small difference of large terms (a network that is nearly certain of everything).
     """
     for monitor in monitors:
-        monitor.check(hessian.size)
+        monitor.check(hessian)
     if not math.isfinite(hessian.loss) or not bool(hessian.gradient.isfinite().all()):
         raise FloatingPointError(f"the loss on the first probe batch is {hessian.loss}, or its gradient is not finite")
-    defect = symmetry_defect(hessian, torch.Generator().manual_seed(0))
     allowed = _SYMMETRIC_NARROW if narrow else _SYMMETRIC[hessian.dtype]
+    for kind in sorted({kind for monitor in monitors for kind in monitor.kinds}):
+        _check_symmetry(hessian.operator(kind), kind, allowed)
+
+
+def _check_symmetry(operator: SymmetricOperator, kind: Kind, allowed: float) -> None:
+    defect = symmetry_defect(operator, torch.Generator().manual_seed(0))
     if not math.isfinite(defect):
-        raise FloatingPointError("a Hessian product on the first probe batch is not finite")
+        raise FloatingPointError(f"a product with the {kind} matrix on the first probe batch is not finite")
     if defect > allowed:
         raise AsymmetryError(
             f"the second derivative that PyTorch computes is not symmetric (defect {defect:.2g}, rounding explains "

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_dynamics.callbacks.base import DynamicsMonitor
-from lightning_dynamics.callbacks.cadence import Cadence, check_positive_integer
+from lightning_dynamics.callbacks.cadence import Cadence, check_flag, check_number, check_positive_integer
+from lightning_dynamics.callbacks.hessian_spectrum import (
+    DETAIL,
+    Findings,
+    Spectrum,
+    measure_layers,
+    measure_overlap,
+    measure_spectrum,
+)
 from lightning_dynamics.callbacks.hessian_table import hessian_table
 from lightning_dynamics.callbacks.lightning_objective import LossFn, ObjectiveOptions, WeightFn
 from lightning_dynamics.callbacks.measured import Measured, Point
 from lightning_dynamics.callbacks.probe import Probe
-from lightning_dynamics.linalg import CongruentOperator, ExtremalEigenpairs, SymmetricOperator, eigenpairs
-from lightning_dynamics.objective import Engine, HessianOperator, Layout, ParameterFilter
-from lightning_dynamics.recording.quantity import QuantityTable
+from lightning_dynamics.linalg import CongruentOperator, ExtremalEigenpairs, SymmetricOperator, eigenpairs, most_rows
+from lightning_dynamics.objective import Engine, HessianOperator, Kind, Layout, OutputFn, ParameterFilter, Part
+from lightning_dynamics.recording.quantity import QuantityTable, layer_keys
 
 _CHECK_EVERY = 10  # measurements between checks that no eigenvalue is missed
 _BIAS_EVERY = 10  # measurements between estimates of the probe's bias
+_VECTORS = 1e-4  # tolerance of eigenvalues at which their vectors are good enough to be compared
+_SAME_RATE = 0.05  # relative difference of two third derivatives that rounding may explain
+
+Matrix = Literal["hessian", "preconditioned", "gauss_newton", "residual", "fisher", "empirical_fisher"]
+"""The matrices that a :class:`HessianMonitor` can measure: those of :data:`Kind`, and the preconditioned Hessian."""
 
 
 class HessianMonitor(DynamicsMonitor):
@@ -89,6 +104,10 @@ class HessianMonitor(DynamicsMonitor):
         every_n_epochs: int | None = None,
         log_spaced: bool = False,
         pair: bool = True,
+        spectrum: bool | Spectrum = True,
+        operator: Matrix = "hessian",
+        output_fn: OutputFn | None = None,
+        sharpening_rate: bool = False,
         probe: Probe | None = None,
         parameters: ParameterFilter | None = None,
         loss_fn: LossFn | None = None,
@@ -98,16 +117,23 @@ class HessianMonitor(DynamicsMonitor):
         noise_draws: int = 1,
         tolerance: float = 1e-3,
         engine: Engine = "auto",
+        also_log: str | Sequence[str] = (),
         monitor: bool = False,
         name: str | None = None,
     ) -> None:
         check_positive_integer("top_k", top_k)
         check_positive_integer("bottom_k", bottom_k, least=0)
-        if not 0 < tolerance < 1:
-            raise MisconfigurationException(f"`tolerance` must lie between 0 and 1, got {tolerance!r}.")
+        check_number("tolerance", tolerance, below=1.0)
+        check_flag("sharpening_rate", sharpening_rate)
+        if not isinstance(spectrum, (bool, Spectrum)):
+            raise MisconfigurationException(f"`spectrum` must be True, False or a Spectrum, got {spectrum!r}.")
+        _check_operator(operator, output_fn)
         self.top_k = top_k
         self.bottom_k = bottom_k
         self.tolerance = tolerance
+        self.operator = operator
+        self.sharpening_rate = sharpening_rate
+        self.spectrum = (Spectrum() if spectrum else None) if isinstance(spectrum, bool) else spectrum
         super().__init__(
             Cadence(every_n_train_steps, every_n_epochs, log_spaced),
             ObjectiveOptions(
@@ -119,16 +145,24 @@ class HessianMonitor(DynamicsMonitor):
                 precision=precision,
                 noise_draws=noise_draws,
                 engine=engine,
+                output_fn=output_fn,
             ),
             pair=pair,
+            detail=None if self.spectrum is None else self.spectrum.cadence,
+            also_log=also_log,
             monitor=monitor,
             name=name,
         )
-        self._table = hessian_table(top_k, bottom_k, "hessian" if name is None else f"hessian_{name}")
+        self._table = hessian_table(top_k, bottom_k, operator, name)
 
     @property
     def table(self) -> QuantityTable:
         return self._table
+
+    @property
+    def kinds(self) -> frozenset[Kind]:  # type: ignore[override]
+        wanted: set[Kind] = {"hessian"} if self._is_hessian or self.operator == "preconditioned" else {self.operator}
+        return frozenset(wanted)
 
     @property
     def products_per_point(self) -> float:
@@ -138,75 +172,124 @@ class HessianMonitor(DynamicsMonitor):
         check, graph = 8 / _CHECK_EVERY, 1.3
         return first + graph + check + (second + graph if self.pair else 0)
 
+    @property
+    def products_in_detail(self) -> float:  # type: ignore[override]
+        if self.spectrum is None:
+            return 0.0
+        return self.spectrum.products + 24 + 8 * (self.top_k + self.bottom_k)
+
+    @property
+    def vectors_held(self) -> int:  # type: ignore[override]
+        # the solver's basis, its results, what is kept from one measurement to the next
+        return most_rows(self.top_k + 1, self.bottom_k) + 4 * (self.top_k + self.bottom_k)
+
+    @property
+    def variant(self) -> str | None:
+        return self.name if self._is_hessian else self.table.family
+
+    detail_name = "the whole spectrum"
+    detail_option = "`spectrum=Spectrum(every_n_train_steps=…)`"
+
+    @property
+    def _is_hessian(self) -> bool:
+        return self.operator == "hessian"
+
     def describe(self) -> dict[str, Any]:
         return {
+            "operator": self.operator,
             "top_k": self.top_k,
             "bottom_k": self.bottom_k,
             "tolerance": self.tolerance,
             "engine": self.options.engine,
+            "spectrum": None if self.spectrum is None else asdict(self.spectrum),
         }
 
-    def check(self, size: int) -> None:
-        if self.top_k + self.bottom_k > size:
+    def check(self, hessian: HessianOperator) -> None:
+        if self.top_k + self.bottom_k > hessian.size:
             raise ValueError(
                 f"`top_k` ({self.top_k}) and `bottom_k` ({self.bottom_k}) ask for more eigenvalues than there are "
-                f"measured parameters ({size})."
+                f"measured parameters ({hessian.size})."
             )
+        layer_keys(hessian.blocks())
 
     def measure(self, point: Point) -> Measured:
         hessian = point.hessian
         _forget_if_changed(point.memory, hessian.layout)
-        found = self._track(point)
-        values = {"probe_loss": hessian.loss, "gradient_norm": float(hessian.gradient.norm())}
-        errors: dict[str, float] = {}
-        for end, kind in ((found.top, "top"), (found.bottom, "bottom")):
-            for i in range(len(end)):
-                values[f"{kind}_{i + 1}"] = float(end.values[i])
-                errors[f"{kind}_{i + 1}"] = float(end.bounds[i])
-        notes: dict[str, Any] = {
-            "products": found.products,
-            "converged": found.converged,
-            "engine": "kept" if hessian.is_kept else "rebuilt",
-        }
-        if found.top.limits is not None:
-            notes["completeness"] = {
-                "confidence": found.top.confidence,
-                "top_at_most": found.top.limits.tolist(),
-                "bottom_at_least": [] if found.bottom.limits is None else found.bottom.limits.tolist(),
-            }
-        if point.rule.unavailable is None:
-            self._compare_with_the_edge(point, found, values, errors)
-        elif point.rule.is_unknown:
-            notes["no_threshold"] = point.rule.unavailable
-        if point.has_halves and point.count % _BIAS_EVERY == 0:
-            values["probe_bias"] = self._probe_bias(point, found)
+        into = Findings()
+        into.enter("probe_loss", hessian.loss)
+        into.enter("gradient_norm", float(hessian.gradient.norm()))
+        into.notes["engine"] = "kept" if hessian.is_kept else "rebuilt"
         if point.clipping is not None and point.clipping.steps:
-            values["clip_factor"] = point.clipping.mean_factor
-            values["clipped_share"] = point.clipping.clipped_share
-            notes["clipping"] = "the ratio assumes the unclipped step"
-        return Measured(self._keyed(values), self._keyed(errors), notes=notes)
+            into.enter("clip_factor", point.clipping.mean_factor)
+            into.enter("clipped_share", point.clipping.clipped_share)
+            into.notes["clipping"] = "the ratio assumes the unclipped step"
+        operator = self._matrix(point)
+        if operator is None:
+            into.notes["no_spectrum"] = point.rule.unavailable
+            return self._keyed(into)
+        found = self._track(operator, point)
+        into.products += found.products
+        self._enter_eigenvalues(found, into)
+        if self.operator != "preconditioned":
+            self._enter_gradient_share(found, hessian, into)
+        if self._is_hessian:
+            self._compare_with_the_edge(point, found, into)
+            if self.sharpening_rate:
+                _enter_sharpening_rate(hessian, found.top.vectors[0], into)
+            if point.has_halves and point.count % _BIAS_EVERY == 0:
+                into.values["probe_bias"] = self._probe_bias(point, found, into)
+        if point.in_detail and self.spectrum is not None:
+            decay = 0.0 if point.rule.scalar is None else point.rule.scalar[1]
+            measure_overlap(found, self.top_k, point.step, point.memory, into)
+            measure_spectrum(operator, found, self.spectrum, decay, point.generator, into)
+            if self.spectrum.per_layer or self.spectrum.diagonal:
+                blocks = hessian.blocks()
+                keys = layer_keys(blocks)
+                ranges = {keys[layer]: place for layer, place in blocks.items()}
+                measure_layers(operator, ranges, self.spectrum, self.tolerance, point.generator, into)
+        return self._keyed(into)
 
     def combine(self, first: Measured, second: Measured) -> Measured:
-        joined = super().combine(first, second)
+        # what is measured in detail belongs to the first step, whatever is due at the second
+        brief = {k: v for k, v in second.scalars.items() if not k.startswith(tuple(self._in_detail))}
+        joined = super().combine(first, replace(second, scalars=brief))
         top = f"{self.table.family}/top_1"
-        swing = (first.scalars[top] - second.scalars[top]) / 2
-        joined.scalars[f"{self.table.family}/top_1_swing"] = abs(swing)
+        if top in first.scalars and top in second.scalars:
+            swing = (first.scalars[top] - second.scalars[top]) / 2
+            joined.scalars[f"{self.table.family}/top_1_swing"] = abs(swing)
         joined.notes["products"] = first.notes["products"] + second.notes["products"]
         return joined
+
+    @property
+    def _in_detail(self) -> list[str]:
+        return [f"{self.table.family}/{key}" for key in DETAIL]
 
     def logged(self, measured: Measured) -> dict[str, float]:
         clipping = {f"{self.table.family}/{key}" for key in ("clip_factor", "clipped_share")}
         return super().logged(measured) | {k: v for k, v in measured.scalars.items() if k in clipping}
 
-    def _track(self, point: Point) -> ExtremalEigenpairs:
-        """Eigenvalues from the old vectors; from time to time with a check that none was missed."""
-        start = point.memory.get("subspace")
+    def _matrix(self, point: Point) -> SymmetricOperator | None:
+        """The matrix whose spectrum is measured; None where there is none yet."""
+        if self._is_hessian:
+            return point.hessian
+        if self.operator != "preconditioned":
+            return point.hessian.operator(self.operator)
+        if point.rule.unavailable is not None:
+            return None
+        scale, shifts = point.rule.diagonals(point.hessian.layout.shapes, like=point.hessian.gradient)
+        return CongruentOperator(point.hessian, scale, shifts)
+
+    def _track(self, operator: SymmetricOperator, point: Point) -> ExtremalEigenpairs:
+        """Eigenvalues from the old vectors; afresh in detail; from time to time with a check that none was missed."""
+        start = None if point.in_detail else point.memory.get("subspace")
         checks = start is None or point.count % _CHECK_EVERY == 0
+        # in detail one more, for the gap below the last: the vectors have to be good as well
+        more = 1 if point.in_detail and self.top_k + self.bottom_k < operator.size else 0
         found = eigenpairs(
-            point.hessian,
-            self.top_k,
+            operator,
+            self.top_k + more,
             self.bottom_k,
-            tolerance=self.tolerance,
+            tolerance=min(self.tolerance, _VECTORS) if point.in_detail else self.tolerance,
             start=start,
             confidence=0.99 if checks else None,
             generator=point.generator,
@@ -214,33 +297,59 @@ class HessianMonitor(DynamicsMonitor):
         point.memory["subspace"] = found.subspace
         return found
 
-    def _compare_with_the_edge(
-        self, point: Point, found: ExtremalEigenpairs, values: dict[str, float], errors: dict[str, float]
-    ) -> None:
+    def _enter_eigenvalues(self, found: ExtremalEigenpairs, into: Findings) -> None:
+        for end, kind, count in ((found.top, "top", self.top_k), (found.bottom, "bottom", self.bottom_k)):
+            for i in range(count):
+                into.enter(f"{kind}_{i + 1}", float(end.values[i]), float(end.bounds[i]))
+        into.notes["converged"] = found.converged
+        if found.top.limits is not None:
+            into.notes["completeness"] = {
+                "confidence": found.top.confidence,
+                "top_at_most": found.top.limits.tolist(),
+                "bottom_at_least": [] if found.bottom.limits is None else found.bottom.limits.tolist(),
+            }
+
+    def _enter_gradient_share(self, found: ExtremalEigenpairs, hessian: HessianOperator, into: Findings) -> None:
+        gradient = hessian.gradient
+        along = found.top.vectors[: self.top_k] @ gradient
+        norm = float(gradient.norm())
+        if norm > 0:
+            into.enter("gradient_in_top_k", min(1.0, (float(along.norm()) / norm) ** 2))
+
+    def _compare_with_the_edge(self, point: Point, found: ExtremalEigenpairs, into: Findings) -> None:
+        if point.rule.unavailable is not None:
+            if point.rule.is_unknown:
+                into.notes["no_threshold"] = point.rule.unavailable
+            return
         scalar = point.rule.scalar
         if scalar is not None:
             step, shift = scalar
-            values["stability_threshold"] = 2 / step - shift
-            values["edge_ratio"] = step * (float(found.top.values[0]) + shift) / 2
-            errors["edge_ratio"] = step * float(found.top.bounds[0]) / 2
+            into.enter("stability_threshold", 2 / step - shift)
+            into.enter(
+                "edge_ratio", step * (float(found.top.values[0]) + shift) / 2, step * float(found.top.bounds[0]) / 2
+            )
             return
         hessian = point.hessian
         scale, shifts = point.rule.diagonals(hessian.layout.shapes, like=hessian.gradient)
         edge = self._leading(CongruentOperator(hessian, scale, shifts), point, "edge")
-        values["edge_ratio"] = float(edge.top.values[0]) / 2
-        errors["edge_ratio"] = float(edge.top.bounds[0]) / 2
+        into.products += edge.products
+        into.enter("edge_ratio", float(edge.top.values[0]) / 2, float(edge.top.bounds[0]) / 2)
 
-    def _probe_bias(self, point: Point, found: ExtremalEigenpairs) -> float:
+    def _probe_bias(self, point: Point, found: ExtremalEigenpairs, into: Findings) -> float:
         """Mean top eigenvalue of the probe's halves minus that of the whole: what half as many samples add."""
         tops = []
-        for half in ("even", "odd"):
-            part = _Half(point.hessian, half)
-            start = found.top.vectors
-            tops.append(
-                eigenpairs(
-                    part, 1, tolerance=self.tolerance, start=start, confidence=None, generator=point.generator
-                ).top.values[0]
+        parts: tuple[Part, ...] = ("even", "odd")
+        for part in parts:
+            half = eigenpairs(
+                point.hessian.operator("hessian", part),
+                1,
+                tolerance=self.tolerance,
+                start=found.top.vectors,
+                confidence=None,
+                generator=point.generator,
             )
+            into.products += half.products
+            tops.append(half.top.values[0])
         return float(sum(tops) / 2 - found.top.values[0])
 
     def _leading(self, operator: SymmetricOperator, point: Point, key: str) -> ExtremalEigenpairs:
@@ -255,31 +364,47 @@ class HessianMonitor(DynamicsMonitor):
         point.memory[key] = found.subspace
         return found
 
-    def _keyed(self, values: dict[str, float]) -> dict[str, float]:
-        return {f"{self.table.family}/{key}": value for key, value in values.items()}
+    def _keyed(self, into: Findings) -> Measured:
+        def full(numbers: dict[str, Any]) -> dict[str, Any]:
+            return {f"{self.table.family}/{key}": value for key, value in numbers.items()}
+
+        notes = {"products": into.products, **into.notes}
+        return Measured(full(into.values), full(into.errors), full(into.arrays), notes)
 
 
-class _Half:
-    """The Hessian of the mean loss over half of the probe's batches."""
+def _check_operator(operator: str, output_fn: OutputFn | None) -> None:
+    choices = get_args(Matrix)
+    if operator not in choices:
+        raise MisconfigurationException(f"`operator` must be one of {', '.join(map(repr, choices))}, got {operator!r}.")
+    if operator in ("hessian", "preconditioned"):
+        return
+    if output_fn is None:
+        raise MisconfigurationException(
+            f"`operator={operator!r}` needs `output_fn=`: the name of the submodule that returns the network's "
+            "outputs, or a function of module and batch."
+        )
+    if isinstance(output_fn, str) and operator in ("fisher", "empirical_fisher"):
+        raise MisconfigurationException(
+            f"`operator={operator!r}` needs a function as `output_fn=`, since a module's name gives no "
+            f"{'likelihood' if operator == 'fisher' else 'losses of single samples'}."
+        )
 
-    def __init__(self, hessian: HessianOperator, part: Literal["even", "odd"]) -> None:
-        self._hessian = hessian
-        self._part = part
 
-    @property
-    def size(self) -> int:
-        return self._hessian.size
-
-    @property
-    def dtype(self) -> Any:
-        return self._hessian.dtype
-
-    @property
-    def device(self) -> Any:
-        return self._hessian.device
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        return self._hessian.product(vector, self._part)
+def _enter_sharpening_rate(hessian: HessianOperator, vector: Tensor, into: Findings) -> None:
+    """-∇λ₁·∇L: how fast gradient flow sharpens. Twice, by a third derivative and by polarization of another."""
+    gradient, norm = hessian.gradient, float(hessian.gradient.norm())
+    if norm == 0:
+        into.enter("sharpening_rate", 0.0, 0.0)
+        return
+    unit = gradient / norm
+    rate = -float(hessian.slope(vector).double().dot(unit.double())) * norm
+    difference = hessian.slope(vector + unit) - hessian.slope(vector - unit)
+    other = -float(difference.double().dot(vector.double())) / 4 * norm
+    into.products += 3
+    if abs(rate - other) > _SAME_RATE * max(abs(rate), abs(other)):
+        into.notes["no_sharpening_rate"] = f"the third derivative is not symmetric ({rate:.4g} against {other:.4g})"
+        return
+    into.enter("sharpening_rate", rate, abs(rate - other))
 
 
 def _forget_if_changed(memory: dict[str, Any], layout: Layout) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 import lightning_dynamics
 from lightning_dynamics import _compat
 from lightning_dynamics.callbacks.ranks import Ranks
+from lightning_dynamics.recording.figures import DensityView
 from lightning_dynamics.recording.quantity import QuantityTable, about_text
 from lightning_dynamics.recording.record import (
     Parent,
@@ -49,6 +50,7 @@ class Journal:
         self._segment: str | None = None
         self._parent: tuple[str, str | None] | None = None
         self._writer = LoggerWriter(loggers, self._logger_failed)
+        self._tables: list[QuantityTable] = []
         self._warned = False
         self.failures = 0
 
@@ -114,17 +116,20 @@ class Journal:
         if self._file is not None:
             line = {**header, "quantities": quantities}
             self._try_to(partial(self._file.begin, self._run, self._segment, parent, line))
+        self._tables = list(tables)
         self._writer.begin(tables, about_text(tables, _facts(header)))
 
     def write(self, records: Iterable[Record], logged: Mapping[str, float], step: int) -> None:
         """Keep records of one step, and log values at it in one call."""
+        densities: list[DensityView] = []
         for record in records:
+            densities += _densities(record, self._tables)
             # a resumed run may finish a pair that the interrupted one finished after its checkpoint
             self.records = [r for r in self.records if r.step != record.step or r.monitor != record.monitor]
             self.records.append(record)
             if self._file is not None:
                 self._try_to(partial(self._file.append, record))
-        self._writer.write(logged, step)
+        self._writer.write(logged, step, densities)
 
     def lineage(self) -> dict[str, Any]:
         """What a checkpoint needs to go on with this run."""
@@ -146,6 +151,25 @@ class Journal:
 
     def _logger_failed(self) -> None:
         self.failures += 1
+
+
+def _densities(record: Record, tables: Sequence[QuantityTable]) -> Iterator[DensityView]:
+    """The spectra of a record."""
+    for table in tables:
+        for quantity, key in table.densities():
+            if f"{key}_nodes" in record.arrays:
+                spectrum = record.notes["spectrum"]
+                yield DensityView(
+                    key,
+                    record.arrays[f"{key}_nodes"],
+                    record.arrays[f"{key}_weights"],
+                    spectrum["size"],
+                    spectrum["certified"],
+                    spectrum["num_vectors"],
+                    record.scalars.get(f"{table.family}/stability_threshold"),
+                    table.title,
+                    quantity.unit.removeprefix("1/(").removesuffix(")"),
+                )
 
 
 def header_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lightning_dynamics.callbacks.cadence import check_positive_integer
 from lightning_dynamics.callbacks.map_style import ProbeItem
 from lightning_dynamics.callbacks.probe import Probe
 from lightning_dynamics.callbacks.stand_ins import NullOptimizer, NullScheduler
-from lightning_dynamics.objective import Engine, Objective, ParameterFilter
+from lightning_dynamics.objective import Engine, Objective, OutputFn, ParameterFilter
 from lightning_dynamics.objective.copies import narrower, private_copy
 from lightning_dynamics.objective.sandbox import Clones
 
@@ -45,6 +45,7 @@ class ObjectiveOptions:
         precision: ``"float32"`` computes at least in that, whatever the run does; ``"same"`` as the run does.
         noise_draws: Draws of the noise that the loss is averaged over.
         engine: See :data:`Engine`.
+        output_fn: See :data:`OutputFn`; needed for Gauss-Newton and Fisher matrices.
     """
 
     probe: Probe = field(default_factory=Probe)
@@ -55,6 +56,7 @@ class ObjectiveOptions:
     precision: Literal["float32", "same"] = "float32"
     noise_draws: int = 1
     engine: Engine = "auto"
+    output_fn: OutputFn | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -80,6 +82,7 @@ class ObjectiveOptions:
             self.precision,
             self.noise_draws,
             self.engine,
+            self.output_fn,
         )
 
 
@@ -124,6 +127,7 @@ def lightning_objective(
         training=None if options.mode == "train" else False,
         dtype=dtype,
         engine=options.engine,
+        output_fn=_placed(options.output_fn, step),
         beside=[] if datamodule is None else [datamodule],
         keep=[part for part in step.kept() if part is not datamodule],
         replace=step.replaced(),
@@ -135,6 +139,13 @@ def lightning_objective(
     )
     step.leaf_of, step.settle = objective.leaf_of, objective.settle
     return objective
+
+
+def _placed(output_fn: OutputFn | None, step: _Step) -> OutputFn | None:
+    """The user's function of module and batch, as a function of module and probe item."""
+    if output_fn is None or isinstance(output_fn, str):
+        return output_fn
+    return lambda module, item: output_fn(module, step.ready(item))
 
 
 def _step_context(trainer: Trainer) -> Callable[[], AbstractContextManager[Any]]:
@@ -161,18 +172,21 @@ class _Step:
 
     def __call__(self, module: nn.Module, item: tuple[Any, int, bool]) -> Tensor | None:
         assert isinstance(module, LightningModule)
-        batch, index, is_ready = item
-        if is_ready:
-            batch = move_data_to_device(batch, module.device)
-        else:
-            # the precision plugin may narrow the batch, as it does in training
-            batch = private_copy(_compat.ready_batch(self._trainer, module, batch), self._dtype)
+        batch, index = self.ready(item), item[1]
         self._backward.clear()
         if isinstance(self._loss_fn, str):
             return getattr(module, self._loss_fn)(batch)  # type: ignore[no-any-return]
         if self._loss_fn is not None:
             return self._loss_fn(module, batch)
         return self._loss_of(module, _call_step(module, batch, index // self._trainer.world_size))
+
+    def ready(self, item: tuple[Any, int, bool]) -> Any:
+        """The batch of a probe item as the training step receives it."""
+        batch, _, is_ready = item
+        if is_ready:
+            return move_data_to_device(batch, self._module.device)
+        # the precision plugin may narrow the batch, as it does in training
+        return private_copy(_compat.ready_batch(self._trainer, self._module, batch), self._dtype)
 
     def kept(self) -> list[object]:
         """Objects that stay themselves: everything of the Trainer's."""

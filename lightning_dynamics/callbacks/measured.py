@@ -80,6 +80,7 @@ class Point:
         count: Measurements taken before, those before a resume included.
         has_halves: Whether the probe has batches in both of its halves, and is not the whole set.
         clipping: See :class:`Clipping`; None where gradients are not clipped.
+        in_detail: Whether the monitor's rare and dear measurement is due too.
     """
 
     step: int
@@ -90,6 +91,7 @@ class Point:
     count: int
     has_halves: bool
     clipping: Clipping | None
+    in_detail: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,11 @@ class When:
 
 @dataclass(frozen=True)
 class Role:
-    """What a step is to a monitor: due by its cadence, or the second half of a pair, or both."""
+    """What a step is to a monitor: due by its cadence, the second half of a pair, or both; and whether in detail."""
 
     first: bool
     second: bool
+    in_detail: bool = False
 
     @property
     def is_due(self) -> bool:

@@ -162,12 +162,14 @@ class Measurements:
         """Measure at one step: each objective is opened once, for all monitors that share it."""
         for members in self._by_objective(roles):
             started = time.monotonic()
-            results = self._results(when, members, batch, saved)
+            results = self._results(when, members, roles, batch, saved)
             seconds = (time.monotonic() - started) / len(members)
             for i, result in zip(members, results, strict=True):
                 self._ledger.take(self._monitors[i], when, roles[i], result, seconds)
 
-    def _results(self, when: When, members: list[int], batch: Any, saved: SavedWeights | None) -> list[Any]:
+    def _results(
+        self, when: When, members: list[int], roles: Mapping[int, Role], batch: Any, saved: SavedWeights | None
+    ) -> list[Any]:
         """One result for each of these monitors, which share an objective."""
         first = self._monitors[members[0]]
 
@@ -183,9 +185,10 @@ class Measurements:
                 clones=self._clones,
                 epoch=when.epoch if when.final or saved is not None else None,
             )
-            return objective, [self._task(when, i, saved) for i in members]
+            return objective, [self._task(when, i, roles[i], saved) for i in members]
 
-        outcome = measure_jointly(prepare, len(members), self._ranks)
+        vectors = max(self._monitors[i].vectors_held for i in members)
+        outcome = measure_jointly(prepare, len(members), self._ranks, vectors)
         self._name_shared(first, outcome)
         return outcome.results
 
@@ -195,7 +198,7 @@ class Measurements:
             groups.setdefault(self._monitors[i].options.key, []).append(i)
         return iter(groups.values())
 
-    def _task(self, when: When, index: int, saved: SavedWeights | None) -> Task:
+    def _task(self, when: When, index: int, role: Role, saved: SavedWeights | None) -> Task:
         monitor = self._monitors[index]
         state = self._ledger.states[monitor.label]
         data = self._probes.of(monitor)
@@ -215,6 +218,7 @@ class Measurements:
                 count=state.count,
                 has_halves=hessian.has_halves and not monitor.options.probe.whole,
                 clipping=state.clipping if self._trainer.gradient_clip_val else None,
+                in_detail=role.in_detail,
             )
             measured = monitor.measure(point)
             measured.notes.setdefault("probe", data.describe())

@@ -49,7 +49,9 @@ class Outcome:
 Task = Callable[[HessianOperator], Any]
 
 
-def measure_jointly(prepare: Callable[[], tuple[Objective, Sequence[Task]]], count: int, ranks: Ranks) -> Outcome:
+def measure_jointly(
+    prepare: Callable[[], tuple[Objective, Sequence[Task]]], count: int, ranks: Ranks, vectors: int = 0
+) -> Outcome:
     """Run tasks on the Hessian of an objective that all ranks hold parts of. Called on every rank; never raises.
 
     Args:
@@ -57,6 +59,7 @@ def measure_jointly(prepare: Callable[[], tuple[Objective, Sequence[Task]]], cou
             results. They run on rank zero only, in order; one that fails does not keep the others from running.
         count: Number of tasks.
         ranks: The ranks.
+        vectors: Vectors of the size of the parameters that the tasks will hold, besides the gradient graphs.
     """
     shared: list[str] = []
     with DeferredSignals() as signals, ExitStack() as stack:
@@ -72,20 +75,23 @@ def measure_jointly(prepare: Callable[[], tuple[Objective, Sequence[Task]]], cou
         results: list[Any] = [failure] * count
         try:
             if local is not None:
-                results = _run(local, tasks, ranks, signals)
+                results = _run(local, tasks, ranks, signals, vectors)
                 shared = sorted(objective.shared)
         finally:
             outcome = ranks.end(Outcome(results, shared))
     return outcome  # type: ignore[no-any-return]
 
 
-def _run(local: Linearization, tasks: Sequence[Task], ranks: Ranks, signals: DeferredSignals) -> list[Any]:
+def _run(
+    local: Linearization, tasks: Sequence[Task], ranks: Ranks, signals: DeferredSignals, vectors: int
+) -> list[Any]:
     results: list[Any] = []
     hessian: HessianOperator | None = None
     for task in tasks:
         try:
             if hessian is None:
-                hessian = HessianOperator(JointLinearization(local, ranks, lambda: signals.pending))
+                reserve = vectors * local.size * local.dtype.itemsize
+                hessian = HessianOperator(JointLinearization(local, ranks, lambda: signals.pending), reserve=reserve)
             results.append(task(hessian))
         except Exception as error:
             results.append(explain(error))

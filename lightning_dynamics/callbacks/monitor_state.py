@@ -20,6 +20,7 @@ class MonitorState:
     """What the session keeps for one monitor; all of it but :attr:`second_at` goes into checkpoints."""
 
     every: int | None = None  # the default cadence, decided once
+    every_detail: int | None = None  # that of measurements in detail; 0 for never
     memory: dict[str, Any] = field(default_factory=dict)
     count: int = 0
     pending: tuple[When, Measured, float] | None = None  # the first half of a pair, and what it cost
@@ -43,6 +44,7 @@ class MonitorState:
         return {
             "schema": _SCHEMA,
             "every": self.every,
+            "every_detail": self.every_detail,
             "memory": dict(self.memory) if small else {},
             "count": self.count,
             "pending": pending,
@@ -64,6 +66,7 @@ class MonitorState:
             )
         state = cls(
             every=kept["every"],
+            every_detail=kept.get("every_detail"),
             memory=dict(kept["memory"]),
             count=kept["count"],
             seconds=kept["seconds"],

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dynamics.linalg import OnSpaceOf
-from lightning_dynamics.objective import Kind, Layout, Linearization, Part
+from lightning_dynamics.objective import Layout, Linearization, Part, Sum
 
 _PARTS: tuple[Part, ...] = ("all", "even", "odd")
-_KINDS: tuple[Kind, ...] = ("hessian", "gauss_newton", "residual", "fisher", "empirical_fisher")
+_SUMS: tuple[Sum, ...] = ("hessian", "gauss_newton", "residual", "fisher", "empirical_fisher", "slope")
 _END, _FIT, _EVALUATE, _PRODUCT = 0, 1, 2, 3
 
 
@@ -93,7 +93,7 @@ class Ranks:
             if code == _EVALUATE:
                 _, _, error = self.evaluate(linearization, bool(first % 8), like)
             else:
-                _, _, error = self.product(linearization, self._broadcast(like), _PARTS[part], _KINDS[kind])
+                _, _, error = self.product(linearization, self._broadcast(like), _PARTS[part], _SUMS[kind])
             if error is not None and linearization is not None:
                 warnings.warn(f"Rank {self.rank} failed in its part of a measurement: {error!r}", stacklevel=2)
 
@@ -127,7 +127,7 @@ class Ranks:
         return self._sum(stats), self._sum(gradient), error
 
     def product(
-        self, linearization: Linearization | None, vector: Tensor, part: Part, kind: Kind
+        self, linearization: Linearization | None, vector: Tensor, part: Part, kind: Sum
     ) -> tuple[Tensor, Tensor, BaseException | None]:
         """This rank's part of a product, and the sum over all of them on rank zero."""
         failed, image, error = torch.zeros(1, dtype=torch.float64), None, None
@@ -190,10 +190,10 @@ class JointLinearization(OnSpaceOf):
         self.reached = bool(stats[4] > 0)
         return float(stats[0]), gradient
 
-    def product(self, vector: Tensor, part: Part = "all", kind: Kind = "hessian") -> Tensor:
+    def product(self, vector: Tensor, part: Part = "all", kind: Sum = "hessian") -> Tensor:
         self._make_way()
         self.products += 1
-        self._ranks.command(_PRODUCT, _width(vector), self.size, _PARTS.index(part), _KINDS.index(kind))
+        self._ranks.command(_PRODUCT, _width(vector), self.size, _PARTS.index(part), _SUMS.index(kind))
         if self._ranks.world_size > 1:
             self._ranks._broadcast(vector)
         failed, image, error = self._ranks.product(self._local, vector, part, kind)

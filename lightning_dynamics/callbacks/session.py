@@ -31,6 +31,7 @@ from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.recording.record import Record
 
 _BUDGET = 0.15  # share of training that default cadences may cost together
+_DETAIL = 1 / 3  # share of a monitor's budget that goes into measurements in detail
 
 
 class Session:
@@ -142,7 +143,7 @@ class Session:
             epoch = max(0, trainer.current_epoch - 1)
             when = When(step, trainer.global_step, epoch, final=True, weights=averaged_by(trainer))
             roles = {
-                i: Role(first=True, second=self._ledger.states[m.label].second_at == step)
+                i: self._last_role(m, step)
                 for i, m in enumerate(self.monitors)
                 if self._probes.of(m).items
             }
@@ -189,14 +190,30 @@ class Session:
     def _decide_cadence(self, trainer: Trainer, monitor: DynamicsMonitor) -> None:
         """Without a cadence of the user's: as often as the budget allows, by a count of gradients, not of seconds."""
         state = self._ledger.states[monitor.label]
-        if not monitor.cadence.is_open or state.every is not None:
-            return
-        sharing = sum(m.cadence.is_open for m in self.monitors)
-        state.every = default_cadence(trainer, monitor, self._probes.of(monitor), _BUDGET / sharing)
-        self._notices.say(
-            f"{monitor.label} measures every {state.every} steps, meant to cost at most {_BUDGET / sharing:.0%} of "
-            "training. Choose otherwise with `every_n_train_steps` or `every_n_epochs`."
-        )
+        data = self._probes.of(monitor)
+        budget = _BUDGET / max(1, sum(m.cadence.is_open or m.has_open_detail for m in self.monitors))
+        share = 0.0
+        if monitor.has_open_detail:
+            share = budget * _DETAIL
+            every = default_cadence(trainer, monitor, data, monitor.products_in_detail, share)
+            # a run that cannot pay for two is not charged for one
+            pays = 2 * every <= trainer.estimated_stepping_batches
+            if state.every_detail is None:
+                state.every_detail = every if pays else 0
+                cost = f"costs as much as {share * every:.0f} training steps"
+                self._notices.say(
+                    f"{monitor.label} measures {monitor.detail_name}, which {cost}, every {every} steps."
+                    if pays
+                    else f"{monitor.label} does not measure {monitor.detail_name} by itself: it {cost}, and training is "
+                    f"short. Ask for it with {monitor.detail_option}."
+                )
+            share = share if state.every_detail else 0.0
+        if monitor.cadence.is_open and state.every is None:
+            state.every = default_cadence(trainer, monitor, data, monitor.products_per_point, budget - share)
+            self._notices.say(
+                f"{monitor.label} measures every {state.every} steps, meant to cost at most {budget - share:.0%} of "
+                "training. Choose otherwise with `every_n_train_steps` or `every_n_epochs`."
+            )
 
     def _role(self, trainer: Trainer, monitor: DynamicsMonitor, step: int) -> Role:
         """Whether a monitor is due at this step, and for which half of a pair."""
@@ -205,10 +222,28 @@ class Session:
             first = step % (state.every or 1) == 0
         else:
             first = monitor.cadence.due(step, trainer.current_epoch, _compat.batch_number(trainer) == 0)
+        in_detail = self._is_due_in_detail(trainer, monitor, step)
         second = state.second_at == step
-        if first and monitor.pair:
+        if (first or in_detail) and monitor.pair:
             state.second_at = step + 1
-        return Role(first, second)
+        return Role(first or in_detail, second, in_detail)
+
+    def _is_due_in_detail(self, trainer: Trainer, monitor: DynamicsMonitor, step: int) -> bool:
+        if monitor.detail is None:
+            return False
+        if monitor.detail.is_open:
+            every = self._ledger.states[monitor.label].every_detail or 0
+            return every > 0 and step % every == 0
+        return monitor.detail.due(step, trainer.current_epoch, _compat.batch_number(trainer) == 0)
+
+    def _last_role(self, monitor: DynamicsMonitor, step: int) -> Role:
+        """The role of the end of training."""
+        state = self._ledger.states[monitor.label]
+        in_detail = monitor.detail is not None
+        if monitor.has_open_detail:
+            every = state.every_detail or 0
+            in_detail = every > 0 and 2 * (step % every) >= every
+        return Role(True, state.second_at == step, in_detail)
 
     # Records
 
@@ -216,8 +251,9 @@ class Session:
         """Write the header: what this segment of the run is about."""
         assert self.journal is not None
         introduced = {
-            m.label: m.introduce(self._fit.rule(m), self._probes.of(m), self._ledger.states[m.label].every)
+            m.label: m.introduce(self._fit.rule(m), self._probes.of(m), state.every, state.every_detail)
             for m in self.monitors
+            for state in [self._ledger.states[m.label]]
         }
         tables = [*(monitor.table for monitor in self.monitors), COST]
         self.journal.begin(step, {**header_of(trainer, module), "monitors": introduced}, tables)

@@ -2,7 +2,7 @@
 
 from lightning_dynamics.linalg.completeness import ComplementBounds, bound_complement
 from lightning_dynamics.linalg.density import Estimate, SpectralDensity, spectral_density
-from lightning_dynamics.linalg.eigenpairs import eigenpairs
+from lightning_dynamics.linalg.eigenpairs import eigenpairs, most_rows
 from lightning_dynamics.linalg.krylov import KrylovSpace, RitzPairs
 from lightning_dynamics.linalg.operator import (
     BlockOperator,
@@ -30,5 +30,6 @@ __all__ = [
     "bound_complement",
     "diagonal_entries",
     "eigenpairs",
+    "most_rows",
     "spectral_density",
 ]

@@ -81,7 +81,7 @@ def eigenpairs(
         confidence: Probability with which :attr:`Eigenpairs.limits` hold; None leaves completeness unchecked.
         generator: CPU generator for the random vectors; a new one seeded with 0 by default.
         max_products: Give up after this many products (the result then says ``converged=False``).
-        max_rows: Vectors held at once before a thick restart; max(64, 4·(top + bottom) + 16) by default.
+        max_rows: Vectors held at once before a thick restart; :func:`most_rows` by default.
 
     Returns:
         Both ends. Memory: ``max_rows`` vectors at most; the completeness check holds about a third of that once more.
@@ -107,12 +107,17 @@ def eigenpairs(
         _End(top, True, tolerance, _FLOOR, _TOP_GUARDS if top else 0),
         _End(bottom, False, bottom_tolerance, 1.0, 0),
     )
-    rows = max(max_rows if max_rows is not None else max(64, 4 * (top + bottom) + 16), 2 * (top + bottom) + 8)
+    rows = max(max_rows if max_rows is not None else most_rows(top, bottom), 2 * (top + bottom) + 8)
     run = _Run(operator, ends, generator, max_products, rows)
     run.begin(start)
     run.iterate()
     limits = run.complete(confidence) if confidence is not None else None
     return run.result(limits, confidence)
+
+
+def most_rows(top: int, bottom: int) -> int:
+    """Vectors that :func:`eigenpairs` holds at once by default."""
+    return max(64, 4 * (top + bottom) + 16)
 
 
 def value_bounds(pairs: RitzPairs, widest: int = 1) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,6 +37,18 @@ class Eigenpairs:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def subspace_error(self, k: int) -> float:
+        """Bound on ‖sin Θ‖_F between the span of the first k vectors and the true invariant subspace.
+
+        ‖R‖_F / gap with the residuals R of the k vectors, and the gap between the k-th value and the next one, the
+        bound of that taken off (Davis and Kahan 1970). Right as long as no eigenvalue was missed down to the next one,
+        of which ``limits`` speak; infinite where the next value is not among these, or no gap is left.
+        """
+        if not 0 < k < len(self):
+            return math.inf
+        gap = abs(float(self.values[k - 1] - self.values[k])) - float(self.bounds[k])
+        return float(self.residuals[:k].norm()) / gap if gap > 0 else math.inf
 
 
 @dataclass(frozen=True)

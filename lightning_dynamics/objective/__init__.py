@@ -1,7 +1,7 @@
 """A module's loss as a function of its weights. Imports torch and ``linalg``, never lightning."""
 
 from lightning_dynamics.objective.curvature import HessianOperator, curvature, hessian, symmetry_defect
-from lightning_dynamics.objective.linearization import Linearization, Part
+from lightning_dynamics.objective.linearization import Linearization, Part, Sum
 from lightning_dynamics.objective.loss import Engine, LossFunction, Objective
 from lightning_dynamics.objective.outputs import Kind, OutputFn
 from lightning_dynamics.objective.parameters import Layout, ParameterFilter, select_parameters
@@ -19,6 +19,7 @@ __all__ = [
     "ParameterFilter",
     "Part",
     "Sandbox",
+    "Sum",
     "curvature",
     "hessian",
     "select_parameters",

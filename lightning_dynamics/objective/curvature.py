@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_dynamics.linalg.krylov import random_vector
 from lightning_dynamics.linalg.operator import OnSpaceOf, SymmetricOperator
-from lightning_dynamics.objective.linearization import Part
+from lightning_dynamics.objective.linearization import Part, Sum
 from lightning_dynamics.objective.loss import Objective
 from lightning_dynamics.objective.outputs import Kind
 from lightning_dynamics.objective.parameters import Layout
@@ -39,7 +39,7 @@ class Evaluation(Protocol):
 
     def evaluate(self, keep: bool | None = None, reserve: int = 0) -> tuple[float, Tensor]: ...
 
-    def product(self, vector: Tensor, part: Part = "all", kind: Kind = "hessian") -> Tensor: ...
+    def product(self, vector: Tensor, part: Part = "all", kind: Sum = "hessian") -> Tensor: ...
 
 
 class HessianOperator(OnSpaceOf):
@@ -98,6 +98,15 @@ class HessianOperator(OnSpaceOf):
     def operator(self, kind: Kind = "hessian", part: Part = "all") -> SymmetricOperator:
         """Another matrix of the same loss at the same weights, see :data:`Kind`; or that of half of the batches."""
         return _MatrixOfLoss(self, kind, part)
+
+    def slope(self, vector: Tensor) -> Tensor:
+        """∇(vᵀ∇²L v), shape ``(size,)``: how the curvature along a fixed direction changes with the weights.
+
+        A third derivative; PyTorch computes some of them wrongly (batch and layer norm, at times). For the symmetric
+        form T that it is the diagonal of, T(v, v, w) can be had from ``slope(v)`` and, by polarization, from
+        ``slope(v + w)`` and ``slope(v - w)``: compare.
+        """
+        return self._at.product(vector, "all", "slope").div_(self._at.weights["all"])
 
     def blocks(self) -> dict[str, tuple[int, int]]:
         """Ranges of coordinates, first and one after last, by the module that owns the parameters there.

@@ -20,6 +20,10 @@ Part = Literal["all", "even", "odd"]
 """All batches of an objective, or the half of them with even or odd numbers."""
 
 
+Sum = Kind | Literal["slope"]
+"""What :meth:`Linearization.product` can sum over batches: products with a matrix, or the slope of a curvature."""
+
+
 @dataclass(frozen=True)
 class Term:
     """One summand of the objective: batch number, noise draw, weight, loss with its graph, outputs where needed."""
@@ -112,13 +116,13 @@ class Linearization:
         self._graphs = graphs if keep else None
         return total, gradient
 
-    def product(self, vector: Tensor, part: Part = "all", kind: Kind = "hessian") -> Tensor:
-        """Σ w_b A_b · v, shape ``(size,)``, with the matrix of this kind of each batch.
+    def product(self, vector: Tensor, part: Part = "all", kind: Sum = "hessian") -> Tensor:
+        """Σ w_b A_b · v, shape ``(size,)``, with the matrix of this kind of each batch; or Σ w_b ∇(vᵀ ∇²ℓ_b v).
 
         Args:
             vector: v, shape ``(size,)``.
             part: Over all batches, or over those with even or odd numbers.
-            kind: Which matrix.
+            kind: Which matrix, or ``"slope"``.
         """
         if kind == "residual":
             return self.product(vector, part).sub_(self.product(vector, part, "gauss_newton"))
@@ -160,17 +164,18 @@ class Linearization:
         return self._objective.graph_bytes
 
     def _images(
-        self, directions: list[Tensor], part: Part, kind: Kind
+        self, directions: list[Tensor], part: Part, kind: Sum
     ) -> Iterator[tuple[float, Sequence[Tensor | None]]]:
         """Weight and product of each batch, in the parameters' shapes."""
-        if kind == "hessian":
+        if kind == "hessian" or kind == "slope":
             for graph in self._gradients():
                 if part in ("all", _parity(graph.index)):
-                    yield graph.weight, self._differentiate(graph.gradient, directions)
-        else:
-            for composed in self._compositions(kind):
-                if part in ("all", _parity(composed.index)):
-                    yield composed.weight, composed.composition.product(directions)
+                    image = self._differentiate(graph.gradient, directions, again=kind == "slope")
+                    yield graph.weight, image
+            return
+        for composed in self._compositions(kind):
+            if part in ("all", _parity(composed.index)):
+                yield composed.weight, composed.composition.product(directions)
 
     def _compositions(self, kind: Kind) -> Iterator[_Composed]:
         if kind in self._composed:
@@ -198,7 +203,10 @@ class Linearization:
     def _gradient(self, loss: Tensor, graph: bool) -> list[Tensor | None]:
         return list(torch.autograd.grad(loss, self._leaves, create_graph=graph, allow_unused=True))
 
-    def _differentiate(self, gradient: list[Tensor | None], directions: list[Tensor]) -> list[Tensor | None]:
+    def _differentiate(
+        self, gradient: list[Tensor | None], directions: list[Tensor], again: bool = False
+    ) -> list[Tensor | None]:
+        """∇²ℓ · v; or, differentiated once more, ∇(vᵀ ∇²ℓ v)."""
         pairs = [
             (g, v.to(g.dtype))
             for g, v in zip(gradient, directions, strict=True)
@@ -207,10 +215,25 @@ class Linearization:
         if not pairs:
             return [None] * len(gradient)
         outputs, vectors = zip(*pairs, strict=True)
-        again = torch.autograd.grad(
-            outputs, self._leaves, grad_outputs=vectors, retain_graph=self.is_kept, allow_unused=True
+        second = torch.autograd.grad(
+            outputs,
+            self._leaves,
+            grad_outputs=vectors,
+            retain_graph=self.is_kept or again,
+            create_graph=again,
+            allow_unused=True,
         )
-        return list(again)
+        if not again:
+            return list(second)
+        terms = [
+            (image * v).sum()
+            for image, v in zip(second, directions, strict=True)
+            if image is not None and image.requires_grad
+        ]
+        if not terms:
+            return [None] * len(gradient)
+        total = torch.stack(terms).sum()
+        return list(torch.autograd.grad(total, self._leaves, retain_graph=self.is_kept, allow_unused=True))
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.size, dtype=self.dtype, device=self.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,12 +11,12 @@ from lightning_dynamics.recording.quantity import QuantityTable
 def custom_scalars_layout(tables: Iterable[QuantityTable]) -> dict[str, dict[str, list[Any]]]:
     """One category per family, one chart per panel, for ``SummaryWriter.add_custom_scalars``.
 
-    TensorBoard matches tags with ``re.match``, so every pattern is escaped and anchored: ``hessian/top_1`` would else
-    draw ``hessian/top_10`` too.
+    TensorBoard matches tags with ``re.match``, so patterns have to be anchored: ``hessian/top_1`` would else draw
+    ``hessian/top_10`` too.
     """
     layout: dict[str, dict[str, list[Any]]] = {}
     for table in tables:
         charts = layout.setdefault(table.title, {})
-        for panel, keys in table.panels().items():
-            charts[panel] = ["Multiline", [f"^{re.escape(key)}$" for key in keys]]
+        for panel, patterns in table.panels().items():
+            charts[panel] = ["Multiline", patterns]
     return layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,9 @@ class Quantity:
         error: What kind of error stands with it in the record.
         panel: Title of the chart that it is drawn in; quantities of one panel share a chart.
         on_by_default: Whether it is logged unless asked otherwise.
+        per_layer: Whether there is one for each layer, under ``<key>/<layer>``.
+        form: ``"scalar"``, or ``"density"`` for a spectrum: the record then holds the arrays ``<key>_nodes`` and
+            ``<key>_weights`` instead of a scalar, and loggers draw them.
     """
 
     key: str
@@ -33,6 +37,8 @@ class Quantity:
     error: ErrorKind
     panel: str
     on_by_default: bool = True
+    per_layer: bool = False
+    form: Literal["scalar", "density"] = "scalar"
 
 
 @dataclass(frozen=True)
@@ -53,17 +59,34 @@ class QuantityTable:
         """Full keys, family included."""
         return [f"{self.family}/{q.key}" for q in self.quantities if q.on_by_default or not default_only]
 
+    def is_on_by_default(self, key: str) -> bool:
+        """Whether a full key, that of a layer included, is logged unless asked otherwise."""
+        bare = key.removeprefix(f"{self.family}/")
+        return any(
+            q.on_by_default and (bare == q.key or (q.per_layer and bare.startswith(f"{q.key}/")))
+            for q in self.quantities
+        )
+
+    def densities(self) -> list[tuple[Quantity, str]]:
+        """The spectra, with their full keys."""
+        return [(q, f"{self.family}/{q.key}") for q in self.quantities if q.form == "density"]
+
     def panels(self) -> dict[str, list[str]]:
-        """Full keys by the title of their chart."""
+        """Regular expressions for the full keys of curves, anchored at both ends, by the title of their chart."""
         panels: dict[str, list[str]] = {}
-        for quantity in self.quantities:
-            panels.setdefault(quantity.panel, []).append(f"{self.family}/{quantity.key}")
+        for q in self.quantities:
+            if q.form == "scalar":
+                layer = "/.+" if q.per_layer else ""
+                panels.setdefault(q.panel, []).append(f"^{re.escape(f'{self.family}/{q.key}')}{layer}$")
         return panels
+
+    def _shown(self, quantity: Quantity) -> str:
+        return f"{quantity.key}/<layer>" if quantity.per_layer else quantity.key
 
     def describe(self) -> dict[str, dict[str, str]]:
         """The declarations by full key, as they stand in a record file's header."""
         return {
-            f"{self.family}/{q.key}": {
+            f"{self.family}/{self._shown(q)}": {
                 "symbol": q.symbol,
                 "unit": q.unit,
                 "definition": q.definition,
@@ -73,6 +96,22 @@ class QuantityTable:
             }
             for q in self.quantities
         }
+
+
+def layer_keys(names: Iterable[str]) -> dict[str, str]:
+    """What layers are called in keys: dots become ``_``, since W&B takes a dot for nesting.
+
+    Raises:
+        ValueError: If two names would become the same.
+    """
+    keys: dict[str, str] = {}
+    for name in names:
+        key = name.replace(".", "_").replace("/", "_")
+        other = next((known for known, taken in keys.items() if taken == key), None)
+        if other is not None:
+            raise ValueError(f"The layers {other!r} and {name!r} would both be called {key!r} in the keys. Rename one.")
+        keys[name] = key
+    return keys
 
 
 def about_text(tables: Iterable[QuantityTable], facts: Iterable[tuple[str, str]]) -> str:
@@ -93,7 +132,7 @@ def about_text(tables: Iterable[QuantityTable], facts: Iterable[tuple[str, str]]
             "|---|---|---|---|---|---|",
         ]
         for q in table.quantities:
-            cells = (f"`{table.family}/{q.key}`", q.symbol, q.unit, q.definition, q.error, q.source)
+            cells = (f"`{table.family}/{table._shown(q)}`", q.symbol, q.unit, q.definition, q.error, q.source)
             lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)

@@ -25,7 +25,7 @@ WHOLE = Probe(whole=True)
         ({"top_k": 0}, "`top_k` must be an integer of at least 1, got 0"),
         ({"top_k": 2.0}, "`top_k` must be an integer of at least 1, got 2.0"),
         ({"bottom_k": -1}, "`bottom_k` must be an integer of at least 0, got -1"),
-        ({"tolerance": 0}, "`tolerance` must lie between 0 and 1, got 0"),
+        ({"tolerance": 0}, "`tolerance` must be a number between 0 and 1, got 0"),
         ({"mode": "test"}, "`mode` must be one of 'train', 'eval', got 'test'"),
         ({"precision": 16}, "`precision` must be one of 'float32', 'same', got 16"),
         ({"engine": "fast"}, "`engine` must be one of 'auto', 'kept', 'rebuilt', got 'fast'"),
@@ -149,13 +149,30 @@ def test_an_operation_without_a_second_derivative():
 
 
 def test_a_wrong_second_derivative():
-    class Normed(Steps):
-        def __init__(self):
-            torch.manual_seed(0)
-            layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 8))
-            super().__init__(nn.Sequential(layer, nn.Tanh(), nn.Linear(8, 1)))
+    class Product(torch.autograd.Function):
+        """x·w, whose backward forgets that it depends on w."""
 
-    assert_refused(HessianMonitor(probe=WHOLE), "is not symmetric", Normed())
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return x * w
+
+        @staticmethod
+        def backward(ctx, slope):
+            x, w = ctx.saved_tensors
+            return slope * w.detach(), slope * x
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return Product.apply(x, self.scale)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), Scaled(), nn.Linear(8, 1))
+    assert_refused(HessianMonitor(probe=WHOLE), "is not symmetric", Steps(net))
 
 
 def test_a_loss_that_is_no_function():

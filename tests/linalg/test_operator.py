@@ -2,7 +2,14 @@ import pytest
 import torch
 from helpers.operators import generator, random_symmetric
 
-from lightning_dynamics.linalg import CongruentOperator, MatrixOperator, SymmetricOperator, eigenpairs
+from lightning_dynamics.linalg import (
+    BlockOperator,
+    CongruentOperator,
+    MatrixOperator,
+    SymmetricOperator,
+    diagonal_entries,
+    eigenpairs,
+)
 
 
 def test_a_matrix_is_an_operator():
@@ -37,3 +44,23 @@ def test_congruence_has_the_eigenvalues_of_the_preconditioned_matrix():
 def test_a_diagonal_of_the_wrong_size_is_refused():
     with pytest.raises(ValueError, match=r"`scale` must have the operator's size, \(3,\), got \(2,\)"):
         CongruentOperator(MatrixOperator(torch.eye(3)), torch.ones(2))
+
+
+def test_a_block_is_the_rows_and_columns_of_a_range():
+    matrix = random_symmetric(torch.arange(6.0, dtype=torch.float64))
+    block = BlockOperator(MatrixOperator(matrix), 1, 4)
+    eye = torch.eye(3, dtype=torch.float64)
+    assert torch.equal(torch.stack([block(row) for row in eye]), matrix[1:4, 1:4])
+    assert block.size == 3
+
+
+@pytest.mark.parametrize("window", [(-1, 2), (2, 2), (3, 7)])
+def test_a_block_must_lie_within(window):
+    with pytest.raises(ValueError, match="must lie within"):
+        BlockOperator(MatrixOperator(torch.eye(6)), *window)
+
+
+def test_diagonal_entries_are_exact():
+    matrix = random_symmetric(torch.arange(6.0, dtype=torch.float64))
+    entries = diagonal_entries(MatrixOperator(matrix), torch.tensor([4, 0, 4]))
+    assert torch.equal(entries, matrix.diagonal()[[4, 0, 4]])
