@@ -314,7 +314,9 @@ class HessianMonitor(DynamicsMonitor):
         along = found.top.vectors[: self.top_k] @ gradient
         norm = float(gradient.norm())
         if norm > 0:
-            into.enter("gradient_in_top_k", min(1.0, (float(along.norm()) / norm) ** 2))
+            share = min(1.0, (float(along.norm()) / norm) ** 2)
+            # two subspaces at an angle differ in any vector's share by at most its sine
+            into.enter("gradient_in_top_k", share, min(1.0, found.top.subspace_error(self.top_k)))
 
     def _compare_with_the_edge(self, point: Point, found: ExtremalEigenpairs, into: Findings) -> None:
         if point.rule.unavailable is not None:

@@ -157,7 +157,7 @@ def _beside(matrix: str, unit: str, k: int, operator: str) -> Iterator[Quantity]
             "1",
             f"Share of the squared gradient in the span of the top {k} eigenvectors.",
             "Gur-Ari, Roberts and Dyer, arXiv 1812.04754",
-            "none",
+            "bound",
             "Gradient in the top subspace",
         )
     yield record(

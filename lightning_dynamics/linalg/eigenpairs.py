@@ -258,6 +258,8 @@ class _Run:
             wanted = end.wanted(self.pairs)
             bounds = errors[wanted] + self.space.product_error
             values = self.pairs.values[wanted]
+            following = end.order(self.pairs)[end.count : end.count + 1]
+            gaps = (values[-1:] - self.pairs.values[following]).abs() - self.pairs.residuals[following]
             collected.append(
                 Eigenpairs(
                     values=values,
@@ -267,6 +269,7 @@ class _Run:
                     limits=limit,
                     confidence=confidence if limit is not None else None,
                     converged=bool((bounds <= end.allowed(values, self.norm)).all()),
+                    gap=float(gaps[0]) if len(gaps) else None,
                 )
             )
         top, bottom = collected

@@ -25,6 +25,8 @@ class Eigenpairs:
             the bottom). It is never inside ``values[i]`` by more than the error of a product.
         confidence: The probability that goes with ``limits``.
         converged: Whether each of ``bounds`` meets the tolerance asked for.
+        gap: Distance from the last value to the next one inwards, the residual of that one taken off; None where none
+            was met.
     """
 
     values: Tensor
@@ -34,6 +36,7 @@ class Eigenpairs:
     limits: Tensor | None
     confidence: float | None
     converged: bool
+    gap: float | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -42,12 +45,15 @@ class Eigenpairs:
         """Bound on ‖sin Θ‖_F between the span of the first k vectors and the true invariant subspace.
 
         ‖R‖_F / gap with the residuals R of the k vectors, and the gap between the k-th value and the next one, the
-        bound of that taken off (Davis and Kahan 1970). Right as long as no eigenvalue was missed down to the next one,
-        of which ``limits`` speak; infinite where the next value is not among these, or no gap is left.
+        bound of that taken off (Davis and Kahan 1970). Right as long as no eigenvalue was missed down to the next one:
+        for k below their number ``limits`` speak of that. Infinite where no gap is left.
         """
-        if not 0 < k < len(self):
+        if 0 < k < len(self):
+            gap = abs(float(self.values[k - 1] - self.values[k])) - float(self.bounds[k])
+        elif k == len(self) and self.gap is not None:
+            gap = self.gap
+        else:
             return math.inf
-        gap = abs(float(self.values[k - 1] - self.values[k])) - float(self.bounds[k])
         return float(self.residuals[:k].norm()) / gap if gap > 0 else math.inf
 
 
