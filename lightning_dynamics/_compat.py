@@ -23,6 +23,7 @@ __all__ = [
     "expose_metrics",
     "is_param_in_hook_signature",
     "is_trial",
+    "only_collects_statistics",
     "optimizer_lists",
     "parts",
     "ready_batch",
@@ -102,6 +103,11 @@ def optimizer_lists(trainer: Trainer) -> tuple[list[Any], list[Any]]:
 def scheduler_configs_with(trainer: Trainer, stand_in: Any) -> list[Any]:
     """Copies of the scheduler configurations with ``stand_in(scheduler)`` for each scheduler."""
     return [replace(config, scheduler=stand_in(config.scheduler)) for config in trainer.strategy.lr_scheduler_configs]
+
+
+def only_collects_statistics(trainer: Trainer) -> bool:
+    """Whether this epoch changes no weights: stochastic weight averaging lets batch norm see the averaged ones."""
+    return bool(trainer.fit_loop._skip_backward) if hasattr(trainer.fit_loop, "_skip_backward") else False
 
 
 def epoch_tracker(trainer: Trainer) -> object:

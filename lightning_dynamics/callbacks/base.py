@@ -131,6 +131,28 @@ class DynamicsMonitor(Callback):
             notes=dict(first.notes),
         )
 
+    def audits(self, count: int, measured: Measured) -> bool:
+        """Whether to compare a measurement with double precision; decided alike on all ranks.
+
+        Args:
+            count: Measurements before it.
+            measured: What was measured.
+        """
+        return False
+
+    def audit(
+        self, measured: Measured, rule: StabilityRule, memory: dict[str, Any], hessian: HessianOperator
+    ) -> Measured:
+        """The same measurement, its errors enlarged by what rounding does. Runs on rank zero.
+
+        Args:
+            measured: What was measured.
+            rule: The edge of stability at that step.
+            memory: What the monitor keeps.
+            hessian: The objective at the same weights in double precision.
+        """
+        return measured
+
     def check(self, hessian: HessianOperator) -> None:
         """Refuse options that do not fit the objective; called before the first step."""
 

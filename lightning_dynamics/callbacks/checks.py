@@ -25,9 +25,7 @@ _SYMMETRIC = {torch.float64: 1e-6, torch.float32: 1e-3}  # defects that rounding
 _SYMMETRIC_NARROW = 0.1  # under autocast
 
 
-def default_cadence(
-    trainer: Trainer, monitor: DynamicsMonitor, data: ProbeData, products: float, budget: float
-) -> int:
+def default_cadence(trainer: Trainer, monitor: DynamicsMonitor, data: ProbeData, products: float, budget: float) -> int:
     """Steps between points at which they cost ``budget`` of training, rounded up to a number that is easy to read.
 
     A step costs one gradient on a batch, a point ``products`` products of 2.3 gradients each on the probe.
@@ -116,8 +114,9 @@ def _norm(tensors: list[Tensor]) -> Tensor:
 
 def averaged_by(trainer: Trainer) -> str | None:
     """Name of a callback that swaps averaged weights in at the end of training, before the monitors see them."""
+    swapped = _compat.only_collects_statistics(trainer)
     for callback in _compat.callbacks(trainer):
-        if isinstance(callback, DynamicsMonitor):
+        if isinstance(callback, DynamicsMonitor) and not swapped:
             return None
         if "Averaging" in type(callback).__name__:
             return f"averaged by {type(callback).__name__}"

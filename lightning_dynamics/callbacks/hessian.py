@@ -25,11 +25,13 @@ from lightning_dynamics.callbacks.lightning_objective import LossFn, ObjectiveOp
 from lightning_dynamics.callbacks.measured import Measured, Point
 from lightning_dynamics.callbacks.probe import Probe
 from lightning_dynamics.linalg import CongruentOperator, ExtremalEigenpairs, SymmetricOperator, eigenpairs, most_rows
+from lightning_dynamics.metrics import StabilityRule
 from lightning_dynamics.objective import Engine, HessianOperator, Kind, Layout, OutputFn, ParameterFilter, Part
 from lightning_dynamics.recording.quantity import QuantityTable, layer_keys
 
 _CHECK_EVERY = 10  # measurements between checks that no eigenvalue is missed
 _BIAS_EVERY = 10  # measurements between estimates of the probe's bias
+_AUDITED = 4  # top eigenvectors that are multiplied in double precision
 _VECTORS = 1e-4  # tolerance of eigenvalues at which their vectors are good enough to be compared
 _SAME_RATE = 0.05  # relative difference of two third derivatives that rounding may explain
 
@@ -38,7 +40,7 @@ Matrix = Literal["hessian", "preconditioned", "gauss_newton", "residual", "fishe
 
 
 class HessianMonitor(DynamicsMonitor):
-    """Tracks the extreme eigenvalues of the loss Hessian and compares the largest with the edge of stability.
+    """Tracks the extreme eigenvalues of the loss Hessian, and now and then measures its whole spectrum.
 
     The loss is the one that ``training_step`` returns, as it is trained, on a fixed :class:`Probe` of the training set
     with fixed noise, at the weights θ_t of each measured step. Nothing of the run changes: weights, optimizer, random
@@ -47,12 +49,21 @@ class HessianMonitor(DynamicsMonitor):
     Args:
         top_k: Number of largest eigenvalues, at least 1.
         bottom_k: Number of smallest eigenvalues.
-        every_n_train_steps: Steps between points. By default as often as costs at most 15 % of training, counted in
-            gradients; the number chosen is printed.
+        every_n_train_steps: Steps between points. By default as often as costs at most 10 % of training (15 % where no
+            whole spectrum is measured), counted in gradients; the number chosen is printed.
         every_n_epochs: Epochs between points, instead of steps.
         log_spaced: Ten points per decade of steps; with ``every_n_train_steps`` only until the spacing has grown to it.
         pair: Measure two consecutive steps for each point and log their mean. At the edge sharpness alternates from
             step to step, so that an even cadence would show one of its phases for ever.
+        spectrum: When and how to measure the whole spectrum, see :class:`Spectrum`; False for never.
+        operator: Which matrix: ``"hessian"``; ``"preconditioned"``, C^½(H + W)C^½ with the optimizers' effective steps
+            C and coupled weight decay W, half of whose largest eigenvalue is the edge ratio; ``"gauss_newton"``;
+            ``"residual"``, the Hessian minus Gauss-Newton; ``"fisher"``; ``"empirical_fisher"``. See :data:`Kind`. Its
+            name is the first part of the keys. Several of these in one Trainer share their evaluations.
+        output_fn: Where the network's outputs are, for Gauss-Newton and Fisher matrices: the name of the submodule that
+            returns them, or a function of module and batch, see :data:`OutputFn`.
+        sharpening_rate: Also measure the rate -∇λ₁·∇L at which gradient flow changes the sharpness, by third
+            derivatives: three more passes for each point, at about two products each.
         probe: The data, see :class:`Probe`. ``Probe(whole=True)`` is the training set.
         parameters: The parameters: a regular expression for whole names, a list of them, or a predicate of name and
             parameter. All that require a gradient by default.
@@ -65,7 +76,9 @@ class HessianMonitor(DynamicsMonitor):
         noise_draws: Draws of the noise (dropout) that the loss is averaged over; cost grows with it.
         tolerance: Allowed error of the top eigenvalues, relative.
         engine: ``"kept"`` keeps gradient graphs for all products, ``"rebuilt"`` builds them anew for each, ``"auto"``
-            keeps them if they fit into half of the free memory.
+            keeps them if they and the solver's vectors fit into half of the free memory.
+        also_log: Which of the numbers that stand in the record go to the loggers as well: regular expressions for whole
+            keys without their first part, such as ``"spectral_sparsity"`` or ``"block_.*"``; ``".*"`` for all.
         monitor: Let ``EarlyStopping`` and ``ModelCheckpoint`` monitor the logged keys.
         name: Tells apart two of these in one Trainer; keys then begin with ``hessian_<name>/``.
 
@@ -77,18 +90,22 @@ class HessianMonitor(DynamicsMonitor):
         - ``hessian/stability_threshold``: the largest stable eigenvalue, loss/θ², where it is one number (2/η for
           gradient descent). None for unknown optimizers, and subclasses count as such.
         - ``hessian/probe_loss``, ``hessian/gradient_norm``: of the probe, loss and loss/θ.
+        - With the whole spectrum: ``hessian/density`` (histogram and figure), ``hessian/trace``,
+          ``hessian/effective_parameters``, and ``hessian/overlap_previous`` and ``overlap_first``, how far the span of
+          the top eigenvectors has stayed where it was (Hessian inertia), where it is certified.
         - With gradient clipping: ``hessian/clip_factor`` and ``hessian/clipped_share`` since the last point; the
           effective step is that much smaller, and the ratio that much too large.
 
-        Each record also holds ``top_1_swing`` (half of the difference within a pair), now and then ``probe_bias`` (mean
-        top eigenvalue of the two halves of the probe minus that of the whole), bounds on all eigenvalues, and how far
-        out a missed one could lie.
+        Each record also holds ``top_1_swing`` (half of the difference within a pair), ``gradient_in_top_k``, now and
+        then ``probe_bias`` (mean top eigenvalue of the two halves of the probe minus that of the whole), errors or
+        bounds, how far out a missed eigenvalue could lie, and what else a :class:`Spectrum` asks for.
 
     Cost:
         With the defaults a measurement takes 20 to 30 Hessian products at first, 8 to 22 later, and about 7 at the
-        second step of a pair, at 1.4 to 2.8 gradients on the probe each; and 3 gradients to build the graph. Memory:
-        that graph (3 to 4 training steps on the probe), up to 64 vectors of the size of the parameters during a
-        measurement, 8 between.
+        second step of a pair, at 1.4 to 2.8 gradients on the probe each; and 3 gradients to build the graph. A whole
+        spectrum takes 150 to 190 products. Gauss-Newton and Fisher products cost 2 to 3 gradients, those of the
+        residual both. Memory: that graph (3 to 4 training steps on the probe, twice that with ``output_fn``), up to 64
+        vectors of the size of the parameters during a measurement, 8 between, and with spectra ``2·top_k`` more.
 
     Example:
         >>> from lightning_dynamics import HessianMonitor, Probe
@@ -170,7 +187,8 @@ class HessianMonitor(DynamicsMonitor):
         pairs = self.top_k + self.bottom_k
         first, second = 4 + 4 * pairs, 3 + pairs
         check, graph = 8 / _CHECK_EVERY, 1.3
-        return first + graph + check + (second + graph if self.pair else 0)
+        audit = 2 * (1.3 + min(self.top_k, _AUDITED) + min(self.bottom_k, 1)) / _CHECK_EVERY
+        return first + graph + check + audit + (second + graph if self.pair else 0)
 
     @property
     def products_in_detail(self) -> float:  # type: ignore[override]
@@ -223,7 +241,7 @@ class HessianMonitor(DynamicsMonitor):
             into.enter("clip_factor", point.clipping.mean_factor)
             into.enter("clipped_share", point.clipping.clipped_share)
             into.notes["clipping"] = "the ratio assumes the unclipped step"
-        operator = self._matrix(point)
+        operator = self._matrix(hessian, point.rule)
         if operator is None:
             into.notes["no_spectrum"] = point.rule.unavailable
             return self._keyed(into)
@@ -247,7 +265,58 @@ class HessianMonitor(DynamicsMonitor):
                 keys = layer_keys(blocks)
                 ranges = {keys[layer]: place for layer, place in blocks.items()}
                 measure_layers(operator, ranges, self.spectrum, self.tolerance, point.generator, into)
-        return self._keyed(into)
+        measured = self._keyed(into)
+        if not self.audits(point.count, measured):
+            return self._enlarged(measured, point.memory.get("rounding", 0.0))
+        ends = [(found.top, min(self.top_k, _AUDITED)), (found.bottom, min(self.bottom_k, 1))]
+        point.memory["leading"] = [
+            (end.vectors[i].clone(), float(end.values[i]), float(end.residuals[i]))
+            for end, count in ends
+            for i in range(count)
+        ]
+        return measured
+
+    def audits(self, count: int, measured: Measured) -> bool:
+        return "converged" in measured.notes and (count % _CHECK_EVERY == 0 or "overlap" in measured.notes)
+
+    def audit(
+        self, measured: Measured, rule: StabilityRule, memory: dict[str, Any], hessian: HessianOperator
+    ) -> Measured:
+        """What rounding does to the matrix: ‖(A₆₄ - A)v‖ for the outermost eigenvectors, relative to λ₁."""
+        operator = self._matrix(hessian, rule)
+        assert operator is not None, "there was one in single precision"
+        worst = 0.0
+        leading = memory.pop("leading")
+        for vector, value, residual in leading:
+            exact = vector.to(operator.dtype)
+            exact /= exact.norm()
+            image = operator(exact)
+            # what was left of the residual in single precision is not rounding
+            worst = max(worst, float((image - value * exact).norm()) - residual, abs(float(exact.dot(image)) - value))
+        memory["rounding"] = worst / max(abs(leading[0][1]), 1e-300)
+        measured.notes["products"] += len(leading)
+        return self._enlarged(measured, memory["rounding"])
+
+    def _enlarged(self, measured: Measured, rounding: float) -> Measured:
+        """The same with errors that contain a relative rounding of the matrix."""
+        family = self.table.family
+        margin = rounding * abs(measured.scalars[f"{family}/top_1"])
+        errors = dict(measured.errors)
+        for key in errors:
+            if key.startswith((f"{family}/top_", f"{family}/bottom_")):
+                errors[key] += margin
+        ratio = f"{family}/edge_ratio"
+        if ratio in errors:
+            errors[ratio] += rounding * abs(measured.scalars[ratio])
+        notes = {**measured.notes, "rounding": rounding}
+        if "completeness" in notes:
+            limits = notes["completeness"]
+            notes["completeness"] = {
+                **limits,
+                "top_at_most": [limit + margin for limit in limits["top_at_most"]],
+                "bottom_at_least": [limit - margin for limit in limits["bottom_at_least"]],
+            }
+        return replace(measured, errors=errors, notes=notes)
 
     def combine(self, first: Measured, second: Measured) -> Measured:
         # what is measured in detail belongs to the first step, whatever is due at the second
@@ -268,16 +337,16 @@ class HessianMonitor(DynamicsMonitor):
         clipping = {f"{self.table.family}/{key}" for key in ("clip_factor", "clipped_share")}
         return super().logged(measured) | {k: v for k, v in measured.scalars.items() if k in clipping}
 
-    def _matrix(self, point: Point) -> SymmetricOperator | None:
+    def _matrix(self, hessian: HessianOperator, rule: StabilityRule) -> SymmetricOperator | None:
         """The matrix whose spectrum is measured; None where there is none yet."""
         if self._is_hessian:
-            return point.hessian
+            return hessian
         if self.operator != "preconditioned":
-            return point.hessian.operator(self.operator)
-        if point.rule.unavailable is not None:
+            return hessian.operator(self.operator)
+        if rule.unavailable is not None:
             return None
-        scale, shifts = point.rule.diagonals(point.hessian.layout.shapes, like=point.hessian.gradient)
-        return CongruentOperator(point.hessian, scale, shifts)
+        scale, shifts = rule.diagonals(hessian.layout.shapes, like=hessian.gradient)
+        return CongruentOperator(hessian, scale, shifts)
 
     def _track(self, operator: SymmetricOperator, point: Point) -> ExtremalEigenpairs:
         """Eigenvalues from the old vectors; afresh in detail; from time to time with a check that none was missed."""

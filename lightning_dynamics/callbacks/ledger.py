@@ -56,6 +56,7 @@ class Ledger:
         self._expose = expose
         self._started = time.monotonic()
         self._before = 0.0
+        self._shown = 0.0  # skipped points that the loggers know of
         self._unwritten: list[tuple[Record, dict[str, float]]] = []
 
     def begin(self) -> None:
@@ -110,8 +111,13 @@ class Ledger:
             failure.reason.split("(")[0], f"{monitor.label} skips a point: {failure.reason}. Training goes on."
         )
 
-    def flush(self, journal: Journal) -> None:
-        """Write what has come together, one call per logger and step."""
+    def flush(self, journal: Journal, now: int) -> None:
+        """Write what has come together, one call per logger and step.
+
+        Args:
+            journal: Where to.
+            now: The step at hand: points that were skipped are counted there if nothing else is written.
+        """
         by_step: dict[int, list[tuple[Record, dict[str, float]]]] = {}
         for record, logged in self._unwritten:
             by_step.setdefault(record.step, []).append((record, logged))
@@ -121,6 +127,9 @@ class Ledger:
             "dynamics/overhead": self._spent() / max(elapsed, 1e-9),
             "dynamics/skipped": float(self.skipped + journal.failures),
         }
+        if not by_step and cost["dynamics/skipped"] != self._shown:
+            by_step[now] = []
+        self._shown = cost["dynamics/skipped"]
         for step, entries in sorted(by_step.items()):
             together = {key: value for _, logged in entries for key, value in logged.items()}
             journal.write([record for record, _ in entries], {**together, **cost}, step)

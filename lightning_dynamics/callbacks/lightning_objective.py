@@ -23,7 +23,8 @@ from lightning_dynamics.objective import Engine, Objective, OutputFn, ParameterF
 from lightning_dynamics.objective.copies import narrower, private_copy
 from lightning_dynamics.objective.sandbox import Clones
 
-LossFn = str | Callable[[LightningModule, Any], Tensor]
+# the function first, and without its return type: configuration files take anything else for a string
+LossFn = Callable[[LightningModule, Any], Any] | str
 """A loss to measure instead of that of ``training_step``: the name of a method of the module that takes a batch, or a
 function of module and batch. It returns a scalar tensor."""
 
@@ -94,7 +95,7 @@ def lightning_objective(
     *,
     values: Mapping[str, Tensor] | None = None,
     clones: Clones | None = None,
-    least: torch.dtype = torch.float32,
+    least: torch.dtype | None = None,
     epoch: int | None = None,
 ) -> Objective:
     """This rank's part of an objective.
@@ -106,12 +107,12 @@ def lightning_objective(
         items: This rank's probe batches.
         values: Weights and buffers to evaluate at instead of the module's own.
         clones: Cache of large private tensors.
-        least: The precision to compute in at least, unless the run's own is asked for.
+        least: The precision to compute in at least, whatever the options say; None for what they say.
         epoch: What the step shall take for the current epoch, None for what the Trainer says.
     """
     narrow = "16" in str(trainer.precision_plugin.precision) or "transformer" in str(trainer.precision_plugin.precision)
-    as_trained = options.precision == "same"
-    dtype = None if as_trained else least
+    as_trained = options.precision == "same" and least is None
+    dtype = None if as_trained else least or torch.float32
     loads = not all(item.is_ready for item in items)
     datamodule = _compat.transforming_datamodule(trainer) if loads else None
     step = _Step(trainer, module, options.loss_fn, dtype)
@@ -177,7 +178,7 @@ class _Step:
         if isinstance(self._loss_fn, str):
             return getattr(module, self._loss_fn)(batch)  # type: ignore[no-any-return]
         if self._loss_fn is not None:
-            return self._loss_fn(module, batch)
+            return self._loss_fn(module, batch)  # type: ignore[no-any-return]
         return self._loss_of(module, _call_step(module, batch, index // self._trainer.world_size))
 
     def ready(self, item: tuple[Any, int, bool]) -> Any:

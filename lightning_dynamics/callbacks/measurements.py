@@ -81,7 +81,7 @@ class Measurements:
             self._checked.add(options.key)
             is_short = items[-1].weight not in (0.0, items[0].weight)
             items = [items[0], items[-1]] if any(self._ranks.gather(is_short)) else items[:1]
-            result = self._preflight(monitor, items, torch.float32)
+            result = self._preflight(monitor, items)
             if isinstance(result, Failure) and result.is_asymmetry and options.precision != "same":
                 # in single precision that may be rounding, after good training: ask in double precision
                 again = self._preflight(monitor, items, torch.float64)
@@ -93,7 +93,7 @@ class Measurements:
             if isinstance(result, Failure):
                 self._ledger.skip(monitor, result)
 
-    def _preflight(self, monitor: DynamicsMonitor, items: list[ProbeItem], least: torch.dtype) -> Any:
+    def _preflight(self, monitor: DynamicsMonitor, items: list[ProbeItem], least: torch.dtype | None = None) -> Any:
         options = monitor.options
         sharing = [m for m in self._monitors if m.options.key == options.key]
 
@@ -162,7 +162,7 @@ class Measurements:
         """Measure at one step: each objective is opened once, for all monitors that share it."""
         for members in self._by_objective(roles):
             started = time.monotonic()
-            results = self._results(when, members, roles, batch, saved)
+            results = self._audited(when, members, self._results(when, members, roles, batch, saved), batch, saved)
             seconds = (time.monotonic() - started) / len(members)
             for i, result in zip(members, results, strict=True):
                 self._ledger.take(self._monitors[i], when, roles[i], result, seconds)
@@ -175,22 +175,67 @@ class Measurements:
 
         def prepare() -> tuple[Objective, list[Task]]:
             # what fails here (parameters that were frozen since, a batch that cannot be copied) fails on all ranks
-            passes = first.options.probe.current_batch
-            objective = lightning_objective(
-                self._trainer,
-                self._module,
-                first.options,
-                [self._current(batch)] if passes else self._probes.of(first).items,
-                values=None if saved is None else saved.values,
-                clones=self._clones,
-                epoch=when.epoch if when.final or saved is not None else None,
-            )
+            objective = self._objective(when, first, batch, saved)
             return objective, [self._task(when, i, roles[i], saved) for i in members]
 
         vectors = max(self._monitors[i].vectors_held for i in members)
         outcome = measure_jointly(prepare, len(members), self._ranks, vectors)
         self._name_shared(first, outcome)
         return outcome.results
+
+    def _audited(
+        self, when: When, members: list[int], results: list[Any], batch: Any, saved: SavedWeights | None
+    ) -> list[Any]:
+        """The same results; those whose turn it is, compared with double precision."""
+        chosen = [
+            (i, result)
+            for i, result in zip(members, results, strict=True)
+            if isinstance(result, Measured) and result.notes.get("dtype") not in (None, "float64")
+            if self._monitors[i].audits(self._ledger.states[self._monitors[i].label].count, result)
+        ]
+        if not chosen:
+            return results
+        first = self._monitors[chosen[0][0]]
+
+        def prepare() -> tuple[Objective, list[Task]]:
+            objective = self._objective(when, first, batch, saved, torch.float64)
+            return objective, [self._audit(i, result, saved) for i, result in chosen]
+
+        outcome = measure_jointly(prepare, len(chosen), self._ranks)
+        audited = dict(zip((i for i, _ in chosen), outcome.results, strict=True))
+        for i, result in chosen:
+            if isinstance(audited[i], Failure):
+                # the values stand, and say that nothing is known of what rounding does to them
+                result.notes["rounding"] = f"not known: {audited[i].reason}"
+                audited[i] = result
+        return [audited.get(i, result) for i, result in zip(members, results, strict=True)]
+
+    def _audit(self, index: int, measured: Measured, saved: SavedWeights | None) -> Task:
+        monitor = self._monitors[index]
+        return partial(monitor.audit, measured, self._rule_at(index, saved), self._ledger.states[monitor.label].memory)
+
+    def _objective(
+        self,
+        when: When,
+        monitor: DynamicsMonitor,
+        batch: Any,
+        saved: SavedWeights | None,
+        least: torch.dtype | None = None,
+    ) -> Objective:
+        passes = monitor.options.probe.current_batch
+        return lightning_objective(
+            self._trainer,
+            self._module,
+            monitor.options,
+            [self._current(batch)] if passes else self._probes.of(monitor).items,
+            values=None if saved is None else saved.values,
+            clones=None if least is not None else self._clones,
+            least=least,
+            epoch=when.epoch if when.final or saved is not None else None,
+        )
+
+    def _rule_at(self, index: int, saved: SavedWeights | None) -> StabilityRule:
+        return self.rule(self._monitors[index]) if saved is None else saved.rules[index]
 
     def _by_objective(self, roles: Mapping[int, Role]) -> Iterator[list[int]]:
         groups: dict[tuple[Any, ...], list[int]] = {}
@@ -204,7 +249,7 @@ class Measurements:
         data = self._probes.of(monitor)
         seed = stream_seed(monitor.options.probe.seed, when.step, index)
         # read here: once the sandbox is open the module shows private weights, which no optimizer knows
-        rule = self.rule(monitor) if saved is None else saved.rules[index]
+        rule = self._rule_at(index, saved)
 
         def task(hessian: HessianOperator) -> Measured:
             if not math.isfinite(hessian.loss):
@@ -221,6 +266,7 @@ class Measurements:
                 in_detail=role.in_detail,
             )
             measured = monitor.measure(point)
+            measured.notes["dtype"] = str(hessian.dtype).removeprefix("torch.")
             measured.notes.setdefault("probe", data.describe())
             return measured
 

@@ -108,6 +108,8 @@ def explain(error: BaseException) -> Failure:
         return Failure(f"out of memory ({_first_line(error)})", is_weather=True)
     if isinstance(error, (RankError, FloatingPointError)):
         return Failure(str(error), is_weather=True)
+    if isinstance(error, ValueError):
+        return Failure(str(error), is_weather=False, is_asymmetry=isinstance(error, AsymmetryError))
     text = _first_line(error)
     if any(sign in str(error) for sign in _NO_SECOND_DERIVATIVE):
         return Failure(
@@ -115,8 +117,6 @@ def explain(error: BaseException) -> Failure:
             "or measure another loss with `loss_fn=`.",
             is_weather=False,
         )
-    if isinstance(error, ValueError):
-        return Failure(str(error), is_weather=False, is_asymmetry=isinstance(error, AsymmetryError))
     return Failure(f"{type(error).__name__}: {text}", is_weather=False)
 
 

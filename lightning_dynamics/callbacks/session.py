@@ -104,7 +104,7 @@ class Session:
     def batch_starts(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """The weights are θ_t and the batch has not been used: the moment to measure."""
         if batch is not None and not self._pulls:
-            self._show(batch)
+            self._show(trainer, batch)
         self._fit.check(None if self._pulls else batch)
         step = _compat.curve_step(trainer)
         if step == self._last_step or _compat.is_trial(trainer):
@@ -112,15 +112,16 @@ class Session:
         if self._last_step is None:
             self._begin(trainer, module, step)
         self._last_step = step
-        now = When(step, trainer.global_step, trainer.current_epoch)
+        weights = averaged_by(trainer) if _compat.only_collects_statistics(trainer) else None
+        now = When(step, trainer.global_step, trainer.current_epoch, weights=weights)
         roles = {i: self._role(trainer, m, step) for i, m in enumerate(self.monitors)}
         self._fit.take(now, {i: role for i, role in roles.items() if role.is_due}, batch)
-        self._flush()
+        self._flush(step)
 
     def batch_ends(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Steps that pull their batches from an iterator show them only now."""
         if self._pulls and batch is not None:
-            self._show(batch)
+            self._show(trainer, batch)
             self._fit.check(batch)
 
     def optimizer_steps(self, trainer: Trainer, optimizer: Optimizer) -> None:
@@ -142,15 +143,11 @@ class Session:
             # the Trainer has moved on to an epoch that does not come
             epoch = max(0, trainer.current_epoch - 1)
             when = When(step, trainer.global_step, epoch, final=True, weights=averaged_by(trainer))
-            roles = {
-                i: self._last_role(m, step)
-                for i, m in enumerate(self.monitors)
-                if self._probes.of(m).items
-            }
+            roles = {i: self._last_role(m, step) for i, m in enumerate(self.monitors) if self._probes.of(m).items}
             self._fit.take(when, roles, None)
         for monitor in self.monitors:
             self._ledger.settle(monitor)
-        self._flush()
+        self._flush(step)
 
     def close(self) -> None:
         """The fit is over, one way or another."""
@@ -180,12 +177,12 @@ class Session:
 
     # Data and cadence
 
-    def _show(self, batch: Any) -> None:
+    def _show(self, trainer: Trainer, batch: Any) -> None:
         """Let the probes that are made of passing batches see one; take the points that waited for them."""
         assert self.journal is not None
         if self._probes.show(batch, self.journal.directory):
             self._fit.take_saved()
-            self._flush()
+            self._flush(_compat.curve_step(trainer))
 
     def _decide_cadence(self, trainer: Trainer, monitor: DynamicsMonitor) -> None:
         """Without a cadence of the user's: as often as the budget allows, by a count of gradients, not of seconds."""
@@ -204,8 +201,8 @@ class Session:
                 self._notices.say(
                     f"{monitor.label} measures {monitor.detail_name}, which {cost}, every {every} steps."
                     if pays
-                    else f"{monitor.label} does not measure {monitor.detail_name} by itself: it {cost}, and training is "
-                    f"short. Ask for it with {monitor.detail_option}."
+                    else f"{monitor.label} does not measure {monitor.detail_name} by itself: it {cost}, and training "
+                    f"is short. Ask for it with {monitor.detail_option}."
                 )
             share = share if state.every_detail else 0.0
         if monitor.cadence.is_open and state.every is None:
@@ -258,9 +255,9 @@ class Session:
         tables = [*(monitor.table for monitor in self.monitors), COST]
         self.journal.begin(step, {**header_of(trainer, module), "monitors": introduced}, tables)
 
-    def _flush(self) -> None:
+    def _flush(self, step: int) -> None:
         assert self.journal is not None
-        self._ledger.flush(self.journal)
+        self._ledger.flush(self.journal, step)
 
     def _expose(self, monitor: DynamicsMonitor, values: dict[str, float]) -> None:
         trainer = self._trainer()

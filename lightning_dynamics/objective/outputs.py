@@ -21,9 +21,10 @@ Kind = Literal["hessian", "gauss_newton", "residual", "fisher", "empirical_fishe
 - ``"empirical_fisher"``: (1/n) Σᵢ ∇ℓᵢ ∇ℓᵢᵀ over the samples with their own labels: another matrix than the Fisher.
 """
 
-Head = Callable[[Tensor], "Tensor | Distribution"]
+Head = Callable[[Tensor], Tensor | Distribution]
 
-OutputFn = str | Callable[[nn.Module, Any], tuple[Tensor, Head]]
+# the function first: configuration files try the types in their order, and take anything for a string
+OutputFn = Callable[[nn.Module, Any], tuple[Tensor, Head]] | str
 """Where a network's outputs f are. Either the name of the submodule that returns them in the training step: then φ is
 the rest of the step, and nothing is restated; enough for ``"gauss_newton"`` and ``"residual"``. Or a function of module
 and batch that returns f and a function of f alone with, by what is asked for,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-ParameterFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+ParameterFilter = Callable[[str, nn.Parameter], bool] | str | Sequence[str]
 """Which parameters a measurement is about: a regular expression that the whole name must match, a list of them (any may
 match), or a predicate of name and parameter. Only parameters that require a gradient are ever considered."""
 

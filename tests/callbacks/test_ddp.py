@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 from datetime import timedelta
 
@@ -15,12 +16,16 @@ from helpers.fit import fit, full_batch, mini_batches
 from helpers.modules import NoisySamples, NoisyStream, Regression, loader
 from helpers.state import equal
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_dynamics import HessianMonitor, Probe
+from lightning_dynamics.callbacks import hessian
 from lightning_dynamics.callbacks.measurements import Measurements
+from lightning_dynamics.objective import Linearization
+from lightning_dynamics.recording.record import RecordFile
 
 pytestmark = pytest.mark.ddp
 
@@ -198,3 +203,93 @@ def test_every_rank_can_monitor_the_values():
     monitor = HessianMonitor(1, 0, every_n_train_steps=1, probe=WHOLE, pair=False, monitor=True)
     fit([monitor, Stops()], Regression(lr=1e-3), max_epochs=50, **two(timeout=30))
     assert monitor.history[-1].step == 1
+
+
+class Offline(Logger):
+    """A logger that lost its network, on whichever rank writes."""
+
+    name, version, experiment = "offline", 0, None
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        if any(key.startswith("hessian/") for key in metrics) and step >= 5:
+            raise ConnectionError("no network")
+
+
+class Diverges(pl.Callback):
+    """Notes what becomes of each rank's weights and steps; after step ten they are no numbers any more."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 10:
+            self.weights = pl_module.net.weight.detach().clone()
+            with torch.no_grad():
+                pl_module.net.weight.fill_(float("nan"))
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save((trainer.global_step, self.weights), self.folder / f"{trainer.global_rank}.pt")
+
+
+@pytest.mark.chaos
+@pytest.mark.filterwarnings("ignore:Rank 1 failed in its part", "ignore:HessianMonitor skips a point")
+@pytest.mark.filterwarnings("ignore:Offline failed", "ignore:The record file of lightning_dynamics misses lines")
+def test_all_weather_at_once_costs_points_and_no_rank_hangs(tmp_path, monkeypatch):
+    """Memory runs out in rank one's double backward, a solver fails, so do a logger and the disk of rank zero, and
+    from step ten on the weights of both are no numbers."""
+    product, append, solve = Linearization.product, RecordFile.append, hessian.eigenpairs
+    now = [0, 0]  # step and rank: the patches below know neither
+
+    class Clock(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            now[:] = [trainer.global_step, trainer.global_rank]
+
+    def runs_out_of_memory(self, *arguments):
+        if now == [3, 1]:
+            raise torch.OutOfMemoryError("out of memory")
+        return product(self, *arguments)
+
+    def fails_to_converge(*arguments, **options):
+        if now[0] == 7:
+            raise torch.linalg.LinAlgError("linalg.eigh: did not converge")
+        return solve(*arguments, **options)
+
+    def fills_the_disk(self, entry):
+        if entry.step in (2, 6):
+            raise OSError(28, "No space left on device")
+        append(self, entry)
+
+    monkeypatch.setattr(Linearization, "product", runs_out_of_memory)
+    monkeypatch.setattr(hessian, "eigenpairs", fails_to_converge)
+    monkeypatch.setattr(RecordFile, "append", fills_the_disk)
+    results = {}
+    for run, engine in (("bare", None), ("kept", "kept"), ("rebuilt", "rebuilt")):
+        folder = tmp_path / run
+        folder.mkdir()
+        monitor = HessianMonitor(1, 0, every_n_train_steps=1, probe=WHOLE, pair=False, engine=engine or "auto")
+        torch.manual_seed(0)
+        trainer = fit(
+            [Clock(), *([monitor] if engine else []), Diverges(folder)],
+            Regression(lr=1e-3),
+            mini_batches(n=24, batch_size=4),
+            max_epochs=4,
+            logger=[Offline(), CSVLogger(folder, name="", version="")],
+            **two(timeout=30),
+        )
+        assert trainer.state.finished
+        results[run] = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+        if not engine:
+            continue
+        for (steps, weights), (_, bare) in zip(results[run], results["bare"], strict=True):
+            assert steps == 12
+            assert torch.equal(weights, bare)
+        # the disk was full at steps 2 and 6; what could not be measured is in no record
+        assert [r.step for r in monitor.history] == [0, 1, 4, 5, 8, 9]
+        with (folder / "metrics.csv").open() as stream:
+            rows = {int(row["step"]): row for row in csv.DictReader(stream) if row["hessian/top_1"]}
+        assert list(rows) == [0, 1, 2, 4, 5, 6, 8, 9]
+        # two skipped points, two lines of the file, and what the other logger missed at steps 5, 6 and 8
+        assert float(rows[9]["dynamics/skipped"]) == 2 + 2 + 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 from contextlib import nullcontext
@@ -104,14 +105,14 @@ def test_a_warning_is_given_once_per_reason_and_every_point_is_counted(tmp_path)
 
 
 def test_out_of_memory_in_a_product_costs_its_point(monkeypatch):
-    from lightning_dynamics.objective.loss import Linearization
+    from lightning_dynamics.objective import Linearization
 
     monitor, real = tracked(), Linearization.product
 
-    def product(self, vector, part="all"):
+    def product(self, *arguments):
         if trainer_step[0] == 2:
             raise torch.OutOfMemoryError("out of memory")
-        return real(self, vector, part)
+        return real(self, *arguments)
 
     trainer_step = [0]
 
@@ -158,6 +159,15 @@ def test_weights_that_are_not_finite_cost_their_points():
         trainer = fit([TurnsNaN(3), monitor], Regression(seeded(), lr=1e-3), max_epochs=6)
     assert trainer.global_step == 6
     assert [r.step for r in monitor.history] == [0, 1, 2]
+
+
+def test_points_that_are_skipped_to_the_end_are_counted(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    with pytest.warns(UserWarning, match="skips a point"):
+        fit([TurnsNaN(3), tracked()], Regression(seeded(), lr=1e-3), max_epochs=6, logger=logger)
+    with (tmp_path / "metrics.csv").open() as stream:
+        counts = [float(row["dynamics/skipped"]) for row in csv.DictReader(stream) if row["dynamics/skipped"]]
+    assert counts[-1] == 4
 
 
 def test_divergence_costs_its_points():

@@ -1,0 +1,139 @@
+"""Everything by keyword and from a configuration file."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import re
+
+import lightning.pytorch as pl
+import pytest
+from helpers.fit import full_batch
+from helpers.modules import Regression
+from lightning.pytorch.cli import LightningCLI
+
+import lightning_dynamics
+from lightning_dynamics import HessianMonitor, Probe, Spectrum
+
+
+class Plain(Regression):
+    def __init__(self, lr: float = 0.01):
+        super().__init__(lr=lr)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return full_batch()
+
+
+def outputs(module, batch):
+    return module.net(batch[0]), lambda z: (z - batch[1]).square().sum(1) / 2
+
+
+def loss(module, batch):
+    return module.loss(batch)
+
+
+def only_weights(name, parameter):
+    return name.endswith("weight")
+
+
+TRAINER = """
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  callbacks:
+    - class_path: lightning_dynamics.HessianMonitor
+      init_args:
+        every_n_train_steps: 1
+"""
+
+FULL = f"""
+        top_k: 2
+        bottom_k: 0
+        pair: false
+        probe: {{size: 16, seed: 1}}
+        spectrum: {{every_n_train_steps: 2, num_vectors: 4}}
+        parameters: [net.*]
+        operator: gauss_newton
+        output_fn: {__name__}.outputs
+        loss_fn: {__name__}.loss
+        tolerance: 1e-2
+        also_log: [spectral_sparsity, "block_.*"]
+        name: small
+"""
+
+
+def run(tmp_path, options, monkeypatch):
+    file = tmp_path / "config.yaml"
+    file.write_text(TRAINER + options)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["main.py", "fit", "-c", str(file)])
+    cli = LightningCLI(Plain, Data, save_config_callback=None)
+    return next(c for c in cli.trainer.callbacks if isinstance(c, HessianMonitor))
+
+
+def test_every_option_can_be_set_in_a_file(tmp_path, monkeypatch):
+    monitor = run(tmp_path, FULL, monkeypatch)
+    assert monitor.options.probe == Probe(size=16, seed=1)
+    assert monitor.spectrum == Spectrum(2, num_vectors=4)
+    assert monitor.options.output_fn is outputs
+    assert monitor.options.loss_fn is loss
+    assert [r.step for r in monitor.history] == [0, 1, 2]
+    assert "gauss_newton_small/trace" in monitor.history[0].scalars
+
+
+@pytest.mark.parametrize(
+    ("options", "check"),
+    [
+        ("        operator: residual\n        output_fn: net\n", lambda m: m.options.output_fn == "net"),
+        ("        parameters: net\\..*\n", lambda m: m.options.parameters == r"net\..*"),
+        (f"        parameters: {__name__}.only_weights\n", lambda m: m.options.parameters is only_weights),
+        ("        spectrum: false\n", lambda m: m.spectrum is None),
+        ("        also_log: .*\n", lambda m: m._also_log[0].pattern == ".*"),
+    ],
+)
+def test_options_of_several_types(tmp_path, monkeypatch, options, check):
+    assert check(run(tmp_path, options, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("        top_k: two\n", r'"top_k".*\n.*Expected a <class .int.>. Got value: two'),
+        ("        operator: ggn\n", r'"operator".*\n.*Got value: ggn'),
+        ("        probe: {size: many}\n", r'"size".*\n.*Got value: many'),
+        ("        spectrum: {num_vectors: 1}\n", "`num_vectors` must be an integer of at least 2, got 1"),
+        ("        tolerance: 2.0\n", "`tolerance` must be a number between 0 and 1, got 2.0"),
+        ("        every_n_steps: 5\n", "every_n_steps"),
+    ],
+)
+def test_stray_values_are_named(tmp_path, monkeypatch, options, message):
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), pytest.raises((SystemExit, Exception)) as caught:
+        run(tmp_path, options, monkeypatch)
+    assert re.search(message, printed.getvalue() + str(caught.value))
+
+
+@pytest.mark.parametrize("kind", [HessianMonitor, Probe, Spectrum])
+def test_every_option_has_a_help_text(kind):
+    """jsonargparse reads it from the docstring's list of arguments or attributes."""
+    text = inspect.getdoc(kind)
+    for name in inspect.signature(kind).parameters:
+        assert re.search(rf"^    {name}: \S", text, re.MULTILINE), name
+
+
+def test_the_help_of_a_monitor_is_printed(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["main.py", "fit", "--trainer.callbacks.help", "lightning_dynamics.HessianMonitor"])
+    with pytest.raises(SystemExit) as caught:
+        LightningCLI(Plain, Data)
+    assert caught.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Measure two consecutive steps for each point" in printed
+    assert lightning_dynamics.HessianMonitor is HessianMonitor
