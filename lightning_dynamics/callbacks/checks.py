@@ -65,7 +65,7 @@ def _check_symmetry(operator: SymmetricOperator, kind: Kind, allowed: float) -> 
         raise AsymmetryError(
             f"the second derivative that PyTorch computes is not symmetric (defect {defect:.2g}, rounding explains "
             f"{allowed:.0e}). Either the loss is not the same function at every evaluation, or an operation of the "
-            "step has a wrong double backward (weight_norm has, as of torch 2.13)."
+            "step has a wrong double backward."
         )
 
 
@@ -75,6 +75,16 @@ def check_strategy(trainer: Trainer) -> None:
             f"{type(trainer.strategy).__name__} shards the weights, and PyTorch has no second derivatives there. "
             "Monitors run on a single device and with DDP."
         )
+
+
+def check_batches(monitors: Sequence[DynamicsMonitor]) -> None:
+    """Refuse what cannot be with a step that pulls its batches from an iterator."""
+    for monitor in monitors:
+        if monitor.options.probe.current_batch:
+            raise MisconfigurationException(
+                f"{monitor.label} is to measure on the current batch, but `training_step` takes an iterator, so that "
+                "no batch is known before the step. Use `first_batches` or another probe."
+            )
 
 
 def check_families(monitors: Sequence[DynamicsMonitor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from lightning_dynamics.callbacks.ranks import Interrupted, JointLinearization, 
 from lightning_dynamics.callbacks.signals import DeferredSignals
 from lightning_dynamics.objective import HessianOperator, Linearization, Objective
 
-_NO_SECOND_DERIVATIVE = ("derivative for ", "double backward")
+_NO_SECOND_DERIVATIVE = re.compile(
+    r"derivative for '?(?:aten::)?_*(\w+?)(?:_backward)?'? is not implemented|double backward"
+)
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,12 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, ValueError):
         return Failure(str(error), is_weather=False, is_asymmetry=isinstance(error, AsymmetryError))
     text = _first_line(error)
-    if any(sign in str(error) for sign in _NO_SECOND_DERIVATIVE):
+    missing = _NO_SECOND_DERIVATIVE.search(str(error))
+    if missing:
+        operation = f"`{missing[1]}`" if missing[1] else "An operation of the step"
         return Failure(
-            f"{text}. An operation of the step has no second derivative in PyTorch. Use another implementation of it, "
-            "or measure another loss with `loss_fn=`.",
+            f"{operation} has no second derivative in PyTorch ({text}). Use an implementation that is composed of "
+            "differentiable operations, or measure another loss with `loss_fn=`.",
             is_weather=False,
         )
     return Failure(f"{type(error).__name__}: {text}", is_weather=False)

@@ -14,6 +14,7 @@ from lightning_dynamics import _compat
 from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.checks import (
     averaged_by,
+    check_batches,
     check_families,
     check_strategy,
     clip_factor,
@@ -86,6 +87,8 @@ class Session:
         self._ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
         self._last_step = None
         check_strategy(trainer)
+        if self._pulls:
+            check_batches(self.monitors)
         check_families(self.monitors)
         for monitor in self.monitors:
             self._restore(monitor)

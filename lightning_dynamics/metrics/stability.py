@@ -44,7 +44,8 @@ class StabilityRule:
     common form for mixed groups is derived, and checked in the tests against the spectral radius of the update.
 
     Attributes:
-        scales: C for each parameter by name: a number, or a tensor in the parameter's shape.
+        scales: C for each parameter by name: a number, or a tensor in the parameter's shape, with a last dimension of
+            two for complex ones.
         shifts: W for each parameter by name.
         description: The rule in words.
         unavailable: Why there is no ratio, None if there is one.
@@ -202,7 +203,8 @@ def _moment(state: Mapping[str, Any], key: str) -> Tensor:
     moment = state.get(key)
     if moment is None:
         raise _NotYetError
-    return torch.as_tensor(moment).detach().double()
+    tensor = torch.as_tensor(moment).detach()
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
 
 
 def _describe(name: str, group: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ IMMUTABLE = (
 
 
 def private_copy(batch: Any, dtype: torch.dtype | None = None) -> Any:
-    """A copy of a batch that may be written to, with floating tensors narrower than ``dtype`` raised to it.
+    """A copy of a batch that may be written to, with floating and complex tensors narrower than ``dtype`` raised.
 
     Other objects than the usual containers are deep-copied, with the tensors in them treated in the same way.
     """
@@ -57,8 +57,18 @@ def private_copy(batch: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def _raised(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    wide = dtype is not None and tensor.is_floating_point() and narrower(tensor.dtype, dtype)
-    return tensor.detach().to(dtype) if wide else tensor.detach().clone()
+    wide = wider(tensor, dtype)
+    return tensor.detach().clone() if wide is None else tensor.detach().to(wide)
+
+
+def wider(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The type to raise a tensor to so that its numbers, or their parts, are at least as wide as ``dtype``.
+
+    None where nothing is to be raised.
+    """
+    if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()) or not narrower(tensor.dtype, dtype):
+        return None
+    return dtype.to_complex() if tensor.is_complex() else dtype
 
 
 class PrivateTensors(TorchFunctionMode):

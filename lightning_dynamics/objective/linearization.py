@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_dynamics.objective.memory import SavedBytes, available_memory
 from lightning_dynamics.objective.outputs import Composition, Kind, check_agreement
 from lightning_dynamics.objective.parameters import Layout
+from lightning_dynamics.objective.sandbox import State
 
 if TYPE_CHECKING:
     from lightning_dynamics.objective.loss import Objective
@@ -42,6 +43,7 @@ class _Graph:
     index: int
     weight: float
     gradient: list[Tensor | None]
+    state: State
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class _Composed:
     index: int
     weight: float
     composition: Composition
+    state: State
+
+
+_Kept = TypeVar("_Kept", _Graph, _Composed)
 
 
 class Linearization:
@@ -78,8 +84,8 @@ class Linearization:
 
     @property
     def dtype(self) -> torch.dtype:
-        types = {leaf.dtype for leaf in self._leaves}
-        return torch.float64 if torch.float64 in types else torch.float32
+        wide = {torch.float64, torch.complex128}
+        return torch.float64 if any(leaf.dtype in wide for leaf in self._leaves) else torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +117,7 @@ class Linearization:
             weights[_parity(term.index)] += term.weight
             gradient.add_(self.layout.flatten(parts, gradient), alpha=term.weight)
             if keep:
-                graphs.append(_Graph(term.index, term.weight, parts))
+                graphs.append(_Graph(term.index, term.weight, parts, self._objective.sandbox.state()))
         self.weights, self.reached = weights, reached
         self._graphs = graphs if keep else None
         return total, gradient
@@ -126,7 +132,7 @@ class Linearization:
         """
         if kind == "residual":
             return self.product(vector, part).sub_(self.product(vector, part, "gauss_newton"))
-        directions = self.layout.unflatten(vector)
+        directions = self.layout.directions(vector, self._leaves)
         like, out = torch.empty(0, dtype=self.dtype, device=self.device), None
         for weight, image in self._images(directions, part, kind):
             second = self.layout.flatten(image, like)
@@ -179,14 +185,15 @@ class Linearization:
 
     def _compositions(self, kind: Kind) -> Iterator[_Composed]:
         if kind in self._composed:
-            yield from self._composed[kind]
+            yield from self._resumed(self._composed[kind])
             return
         kept = []
         for term in self._objective._terms(kind):
             assert term.outputs is not None
             if kind == "gauss_newton" and (term.index, term.draw) in self._losses:
                 check_agreement(self._losses[term.index, term.draw], float(term.loss.detach()))
-            composed = _Composed(term.index, term.weight, Composition(term.outputs, term.loss, self._leaves))
+            composition = Composition(term.outputs, term.loss, self._leaves)
+            composed = _Composed(term.index, term.weight, composition, self._objective.sandbox.state())
             if self.is_kept:
                 kept.append(composed)
             yield composed
@@ -195,10 +202,17 @@ class Linearization:
 
     def _gradients(self) -> Iterator[_Graph]:
         if self._graphs is not None:
-            yield from self._graphs
+            yield from self._resumed(self._graphs)
             return
         for term in self._objective._terms():
-            yield _Graph(term.index, term.weight, self._gradient(term.loss, graph=True))
+            parts = self._gradient(term.loss, graph=True)
+            yield _Graph(term.index, term.weight, parts, self._objective.sandbox.state())
+
+    def _resumed(self, kept: list[_Kept]) -> Iterator[_Kept]:
+        """Kept graphs, each with the module in the state that it was built in."""
+        for graph in kept:
+            self._objective.sandbox.resume(graph.state)
+            yield graph
 
     def _gradient(self, loss: Tensor, graph: bool) -> list[Tensor | None]:
         return list(torch.autograd.grad(loss, self._leaves, create_graph=graph, allow_unused=True))
@@ -226,7 +240,7 @@ class Linearization:
         if not again:
             return list(second)
         terms = [
-            (image * v).sum()
+            (image.conj() * v).real.sum()
             for image, v in zip(second, directions, strict=True)
             if image is not None and image.requires_grad
         ]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dynamics.objective.copies import private_copy
-from lightning_dynamics.objective.double_backward import refuse_reentrant_checkpointing, twice_differentiable
+from lightning_dynamics.objective.double_backward import refuse_hidden_derivatives, twice_differentiable
 from lightning_dynamics.objective.linearization import Linearization, Term
 from lightning_dynamics.objective.outputs import Kind, OutputFn, check_outputs, only_one, outer_value, tapped
 from lightning_dynamics.objective.parameters import ParameterFilter, select_parameters
 from lightning_dynamics.objective.randomness import fork_rng, seed_everything, stream_seed
+from lightning_dynamics.objective.repairs import Repaired
 from lightning_dynamics.objective.sandbox import Clones, Sandbox
 
 LossFunction = Callable[[nn.Module, Any], Tensor | None]
@@ -106,7 +107,7 @@ class Objective:
         self._context = context
         self._is_settled = False
         self._is_inspected = False
-        self._sandbox = Sandbox(
+        self.sandbox = Sandbox(
             module,
             beside=beside,
             dtype=dtype,
@@ -121,7 +122,7 @@ class Objective:
     @property
     def shared(self) -> set[str]:
         """Attributes that an evaluation shares with the module instead of copying them (see :class:`Sandbox`)."""
-        return self._sandbox.shared
+        return self.sandbox.shared
 
     @property
     def num_terms(self) -> int:
@@ -130,7 +131,7 @@ class Objective:
 
     def leaf_of(self, parameter: Tensor) -> Tensor:
         """The private leaf that stands for a parameter during an evaluation; another tensor stands for itself."""
-        return self._sandbox.leaf_of(parameter)
+        return self.sandbox.leaf_of(parameter)
 
     def settle(self) -> None:
         """Note that the loss has been computed: what a step writes to its weights from here on changes nothing.
@@ -141,7 +142,7 @@ class Objective:
         Raises:
             ValueError: If the step has written to its weights on the way to the loss.
         """
-        written = self._sandbox.mend()
+        written = self.sandbox.mend()
         self._is_settled = True
         if written:
             raise ValueError(
@@ -163,8 +164,8 @@ class Objective:
             stack.enter_context(twice_differentiable(self.module))
             stack.enter_context(_default_dtype(self._dtype))
             stack.enter_context(self._context())
-            stack.enter_context(self._sandbox)
-            evaluation = Linearization(self, self._sandbox.leaves(parameters))
+            stack.enter_context(self.sandbox)
+            evaluation = Linearization(self, self.sandbox.leaves(parameters))
             stack.callback(evaluation.close)
             yield evaluation
 
@@ -197,12 +198,13 @@ class Objective:
 
     def _run(self, function: Callable[[nn.Module, Any], Any], index: int, batch: Any, draw: int) -> Any:
         """A function of module and batch, from the state that every evaluation starts from."""
-        self._sandbox.renew()
+        self.sandbox.renew()
         self._is_settled = False
         seed_everything(stream_seed(self.seed, index, draw))
-        result = function(self.module, private_copy(batch, self._dtype))
+        with Repaired():
+            result = function(self.module, private_copy(batch, self._dtype))
         if self._is_settled:
-            self._sandbox.mend()
+            self.sandbox.mend()
         else:
             self.settle()
         return result
@@ -220,7 +222,7 @@ class Objective:
                 "number, or computed under `torch.no_grad()`?"
             )
         if not self._is_inspected:
-            refuse_reentrant_checkpointing(loss)
+            refuse_hidden_derivatives(loss)
             self._is_inspected = True
         return loss.reshape(())
 

@@ -56,8 +56,10 @@ def _predicate(where: ParameterFilter) -> Callable[[str, nn.Parameter], bool]:
 class Layout:
     """The bijection between a flat vector and tensors of named shapes, in a fixed order.
 
+    A complex number counts as two coordinates, its real and imaginary part: as ``torch.view_as_real`` shows it.
+
     Args:
-        shapes: Shape of each parameter by name.
+        shapes: Shape of each parameter by name, in real coordinates.
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
@@ -67,7 +69,7 @@ class Layout:
 
     @classmethod
     def of(cls, parameters: Mapping[str, Tensor]) -> Layout:
-        return cls({name: p.shape for name, p in parameters.items()})
+        return cls({name: torch.Size((*p.shape, 2)) if p.is_complex() else p.shape for name, p in parameters.items()})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and list(self.shapes.items()) == list(other.shapes.items())
@@ -90,12 +92,23 @@ class Layout:
                     "`sparse=False`, or leave its weight out with `parameters=`."
                 )
             else:
-                part.copy_(tensor.detach().reshape(-1))
+                part.copy_(_coordinates(tensor.detach()).reshape(-1))
         return vector
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Views of ``vector``, shape ``(size,)``, in the parameters' shapes."""
+        """Views of ``vector``, shape ``(size,)``, in the parameters' shapes, in real coordinates."""
         return [part.view(shape) for part, shape in zip(self._split(vector), self.shapes.values(), strict=True)]
+
+    def directions(self, vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """``vector``, shape ``(size,)``, in the parameters' shapes, complex where they are."""
+        return [
+            torch.complex(*part.to(p.real.dtype).unbind(-1)) if p.is_complex() else part
+            for part, p in zip(self.unflatten(vector), parameters, strict=True)
+        ]
 
     def _split(self, vector: Tensor) -> Sequence[Tensor]:
         return torch.split(vector, self.sizes)
+
+
+def _coordinates(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

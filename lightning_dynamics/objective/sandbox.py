@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_dynamics.objective.copies import IMMUTABLE, PrivateTensors, clone, equal, narrower
+from lightning_dynamics.objective.copies import IMMUTABLE, PrivateTensors, clone, equal, wider
 
 # Copied shallowly: containers that the module machinery reads, whose contents (hooks, names) are shared.
 _REGISTRIES = frozenset(
@@ -45,6 +46,9 @@ _LARGE = 1 << 20  # bytes from which a tensor attribute is copied once and not a
 Clones = dict[int, tuple["weakref.ref[Tensor]", Tensor]]
 """Private copies of large tensors: the original and its copy."""
 
+State = list[dict[str, Any]]
+"""Attributes of everything whose state is private, by reference."""
+
 
 class Sandbox:
     """Private copies of everything mutable on a module, for as long as the context is open.
@@ -62,7 +66,7 @@ class Sandbox:
     Args:
         module: The module.
         beside: Objects whose attributes are replaced like the module's (a data module with a transform of its own).
-        dtype: Floating type to raise narrower floating parameters and buffers to; None keeps each as it is.
+        dtype: Floating type to raise narrower parameters and buffers to; None keeps each as it is.
         keep: Objects that are not copied where they are met (a trainer, loggers, …).
         replace: Pairs of an object and what stands for it inside (an optimizer and its stand-in).
         overrides: Attributes to set while the sandbox is open, as triples of object, name and value.
@@ -150,6 +154,24 @@ class Sandbox:
         for target, attribute, value in self._overrides:
             vars(target)[attribute] = value
 
+    def state(self) -> State:
+        """The private state as it is now, by reference, for :meth:`resume`."""
+        return [dict(vars(owner)) for owner in self._owners()]
+
+    def resume(self, state: State) -> None:
+        """Go back to a private state that was there before a :meth:`renew`.
+
+        To be called before a graph from then is differentiated: where activations are checkpointed that runs parts of
+        the module again, which may read what the step has noted on it.
+        """
+        for owner, then in zip(self._owners(), state, strict=True):
+            now = vars(owner)
+            now.clear()
+            now.update(then)
+
+    def _owners(self) -> list[Any]:
+        return [*(owner for _, owner, _ in self._originals), *self._leaves.values()]
+
     def mend(self) -> list[str]:
         """Give the leaves the values of the parameters again, past autograd's bookkeeping.
 
@@ -184,6 +206,12 @@ class Sandbox:
         for target in {id(t): t for t, _, _ in self._overrides if id(t) not in inside}.values():
             self._remember(vars(target))
         for name, _, original in self._originals:
+            for key, tensor in [*original.get("_parameters", {}).items(), *original.get("_buffers", {}).items()]:
+                if is_lazy(tensor):
+                    raise ValueError(
+                        f"`{f'{name}.{key}' if name else key}` belongs to a lazy layer and has no size yet. Run the "
+                        "module once on a batch before training starts, for example at the end of `configure_model`."
+                    )
             for key, parameter in original.get("_parameters", {}).items():
                 if parameter is not None and id(parameter) not in self._leaves:
                     self._parameters[f"{name}.{key}" if name else key] = parameter
@@ -215,8 +243,8 @@ class Sandbox:
 
     def _private(self, tensor: Tensor) -> Tensor:
         value = self._value(tensor)
-        wide = self._dtype is not None and value.is_floating_point() and narrower(value.dtype, self._dtype)
-        return value.to(self._dtype) if wide else value.clone()
+        wide = wider(value, self._dtype)
+        return value.clone() if wide is None else value.to(wide)
 
     def _value(self, tensor: Tensor) -> Tensor:
         return self._values.get(id(tensor), tensor).detach().to(tensor.device)

@@ -293,3 +293,16 @@ def test_all_weather_at_once_costs_points_and_no_rank_hangs(tmp_path, monkeypatc
         assert list(rows) == [0, 1, 2, 4, 5, 6, 8, 9]
         # two skipped points, two lines of the file, and what the other logger missed at steps 5, 6 and 8
         assert float(rows[9]["dynamics/skipped"]) == 2 + 2 + 3
+
+
+def test_batch_norm_that_synchronizes_is_refused():
+    class Synchronizes(nn.BatchNorm1d):
+        """What ``nn.SyncBatchNorm`` does on several GPUs, where alone it runs."""
+
+        def forward(self, x):
+            state = (self.weight, self.bias, self.running_mean, self.running_var)
+            return nn.modules.batchnorm.sync_batch_norm.apply(x, *state, self.eps, 0.1, dist.group.WORLD, 2)
+
+    module = Regression(nn.Sequential(nn.Linear(4, 4), Synchronizes(4), nn.Linear(4, 1)))
+    with pytest.raises(Exception, match=r"SyncBatchNorm, which couples the losses of all processes"):
+        fit(HessianMonitor(1, 0, every_n_train_steps=1, probe=WHOLE), module, mini_batches(), **two())

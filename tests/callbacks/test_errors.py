@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_dynamics import HessianMonitor, Probe
+from lightning_dynamics.callbacks.checks import AsymmetryError
+from lightning_dynamics.callbacks.measuring import explain
 
 WHOLE = Probe(whole=True)
 
@@ -145,7 +147,7 @@ def test_an_operation_without_a_second_derivative():
             scores = self.net(batch[0]).expand(-1, 3)[:, None].log_softmax(-1)
             return F.ctc_loss(scores, torch.ones(1, 2, dtype=torch.long), torch.tensor([24]), torch.tensor([2]))
 
-    assert_refused(HessianMonitor(1, 0, probe=WHOLE), "no second derivative in PyTorch.*`loss_fn=`", Ctc())
+    assert_refused(HessianMonitor(1, 0, probe=WHOLE), "`ctc_loss` has no second derivative.*`loss_fn=`", Ctc())
 
 
 def test_a_wrong_second_derivative():
@@ -220,3 +222,8 @@ def test_a_step_that_fails_on_the_probe_says_where():
     assert_refused(
         HessianMonitor(probe=probe), "HessianMonitor cannot measure Picky: KeyError", Picky(), mini_batches()
     )
+
+
+def test_failures_of_the_symmetry_test_are_known_as_such():
+    """Their message speaks of a wrong double backward; they are no missing operation."""
+    assert explain(AsymmetryError("an operation has a wrong double backward")).is_asymmetry

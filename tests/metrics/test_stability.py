@@ -256,3 +256,18 @@ def test_adam_with_decoupled_decay_is_adamw():
     one, other = stability_rule(both, params), stability_rule(same, params)
     assert torch.equal(one.scales["p0"], other.scales["p0"])
     assert one.shifts == other.shifts
+
+
+@pytest.mark.parametrize("kind", [Adam, RMSprop])
+def test_complex_parameters_count_as_their_real_coordinates(kind):
+    z = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+    x = nn.Parameter(torch.view_as_real(z.detach()).clone())
+    rules = []
+    for parameter in (z, x):
+        optimizer = kind([parameter], 0.1)
+        pair = torch.view_as_real(parameter) if parameter.is_complex() else parameter
+        (pair.square() * torch.arange(4.0).view(2, 2)).sum().backward()
+        optimizer.step()
+        rules.append(stability_rule([optimizer], {"p": parameter}))
+    scales = [rule.diagonals({"p": torch.Size([2, 2])}, torch.empty(0))[0] for rule in rules]
+    torch.testing.assert_close(*scales)

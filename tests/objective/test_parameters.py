@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_dynamics.objective import Layout, select_parameters
+from lightning_dynamics.objective import Layout, Objective, hessian, select_parameters
 
 
 @pytest.fixture
@@ -60,3 +60,42 @@ def test_flattening_is_a_bijection():
     assert holes[6] == 0
     assert layout == Layout.of({name: t + 1 for name, t in tensors.items()})
     assert layout != Layout.of({"a": tensors["a"]})
+
+
+def test_complex_numbers_are_pairs_of_coordinates():
+    z = torch.tensor([1 + 2j, 3 - 4j]).conj()
+    parameters = {"bias": torch.zeros(1), "waves": nn.Parameter(z)}
+    layout = Layout.of(parameters)
+    assert layout.size == 5
+    vector = layout.flatten([None, z], torch.empty(0))
+    assert vector.tolist() == [0, 1, -2, 3, 4]
+    bias, waves = layout.directions(vector, list(parameters.values()))
+    assert torch.equal(bias, torch.zeros(1))
+    assert torch.equal(waves, z)
+
+
+def test_curvature_in_complex_parameters_is_that_of_their_real_coordinates():
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor([0.7]))
+            self.waves = nn.Parameter(torch.randn(2, 2, dtype=torch.complex64))
+
+    def loss(module, x):
+        return (x.to(module.waves.dtype) @ module.waves).abs().tanh().mul(module.scale).square().sum()
+
+    torch.manual_seed(0)
+    module, x = Waves(), torch.randn(3, 2)
+    for dtype in (torch.float32, torch.float64):
+        with hessian(Objective(module, loss, [x], dtype=dtype)) as operator:
+            own = torch.stack([operator(column.to(dtype)) for column in torch.eye(9)])
+
+        def of_coordinates(vector, dtype=dtype):
+            other = Waves()
+            del other.scale, other.waves
+            other.scale, other.waves = vector[:1], torch.complex(*vector[1:].view(2, 2, 2).unbind(-1))
+            return loss(other, x.to(dtype))
+
+        start = torch.cat([module.scale, torch.view_as_real(module.waves).flatten()]).detach().to(dtype)
+        dense = torch.autograd.functional.hessian(of_coordinates, start)
+        torch.testing.assert_close(own, dense, rtol=1e-5, atol=1e-5)

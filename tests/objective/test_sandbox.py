@@ -288,3 +288,33 @@ def test_nothing_private_outlives_the_sandbox(module):
     with Sandbox(module) as sandbox:
         leaf = weakref.ref(sandbox.leaves(parameters)["net.0.weight"])
     assert leaf() is None
+
+
+def test_private_state_can_be_gone_back_to():
+    module = Nasty()
+    with Sandbox(module) as box:
+        module.counter, module.ema[0] = 7, 5.0
+        state = box.state()
+        box.renew()
+        assert (module.counter, float(module.ema[0])) == (0, 0.0)
+        box.resume(state)
+        assert (module.counter, float(module.ema[0])) == (7, 5.0)
+        box.renew()
+        assert module.counter == 0
+    assert (module.counter, float(module.ema[0])) == (0, 0.0)
+
+
+@pytest.mark.parametrize("layer", [nn.LazyLinear(2), nn.LazyBatchNorm1d(affine=False)])
+def test_lazy_layers_without_a_size_are_refused(layer):
+    with pytest.raises(ValueError, match=r"`0\..*lazy layer.*Run the module once"), Sandbox(nn.Sequential(layer)):
+        pass
+
+
+def test_complex_state_is_raised_like_other_state():
+    module = nn.Module()
+    module.register_parameter("waves", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    module.register_buffer("shift", torch.ones(2, dtype=torch.complex64))
+    with Sandbox(module, dtype=torch.float64):
+        assert module.waves.dtype is module.shift.dtype is torch.complex128
+    assert private_copy(module.shift, torch.float64).dtype is torch.complex128
+    assert private_copy(module.shift, torch.float32).dtype is torch.complex64
