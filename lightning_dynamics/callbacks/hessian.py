@@ -24,6 +24,7 @@ from lightning_dynamics.callbacks.hessian_table import hessian_table
 from lightning_dynamics.callbacks.lightning_objective import LossFn, ObjectiveOptions, WeightFn
 from lightning_dynamics.callbacks.measured import Measured, Point
 from lightning_dynamics.callbacks.probe import Probe
+from lightning_dynamics.callbacks.ranks import Interrupted
 from lightning_dynamics.linalg import CongruentOperator, ExtremalEigenpairs, SymmetricOperator, eigenpairs, most_rows
 from lightning_dynamics.metrics import StabilityRule
 from lightning_dynamics.objective import Engine, HessianOperator, Kind, Layout, OutputFn, ParameterFilter, Part
@@ -468,8 +469,14 @@ def _enter_sharpening_rate(hessian: HessianOperator, vector: Tensor, into: Findi
         into.enter("sharpening_rate", 0.0, 0.0)
         return
     unit = gradient / norm
-    rate = -float(hessian.slope(vector).double().dot(unit.double())) * norm
-    difference = hessian.slope(vector + unit) - hessian.slope(vector - unit)
+    try:
+        rate = -float(hessian.slope(vector).double().dot(unit.double())) * norm
+        difference = hessian.slope(vector + unit) - hessian.slope(vector - unit)
+    except Interrupted:
+        raise
+    except RuntimeError as error:  # batch norm has no third derivative in PyTorch: the point stands without it
+        into.notes["no_sharpening_rate"] = str(error).partition("\n")[0]
+        return
     other = -float(difference.double().dot(vector.double())) / 4 * norm
     into.products += 3
     if abs(rate - other) > _SAME_RATE * max(abs(rate), abs(other)):

@@ -162,6 +162,15 @@ def test_the_sharpening_rate_is_that_of_small_steps():
     assert made.history[0].scalars["hessian/sharpening_rate"] == pytest.approx(change / 1e-4, rel=2e-2)
 
 
+def test_without_a_third_derivative_the_point_stands_without_the_rate():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1))
+    record = first_point(Regression(net, lr=1e-3), sharpening_rate=True)
+    assert "hessian/sharpening_rate" not in record.scalars
+    assert "batch_norm" in record.notes["no_sharpening_rate"]
+    assert "hessian/trace" in record.scalars
+
+
 def test_alpha_is_the_weight_decay_where_there_is_one():
     def optimizer(parameters):
         return torch.optim.SGD(parameters, 1e-2, weight_decay=0.02)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from helpers.digest import digest
 from helpers.modules import ConvModule, NastyModule, NoisySamples, NoisyStream, loader
 from helpers.state import same
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.tuner import Tuner
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
 
 import lightning_dynamics
 from lightning_dynamics.callbacks import DynamicsMonitor, Probe
@@ -23,14 +34,31 @@ MONITORS = [
 ]
 
 
-def all_monitors():
+EVERYTHING = {
+    lightning_dynamics.HessianMonitor: {
+        "spectrum": lightning_dynamics.Spectrum(3, num_vectors=2, num_steps=3, per_layer=True, diagonal=1),
+        "sharpening_rate": True,
+        "also_log": ".*",
+    }
+}
+"""What a monitor can measure besides."""
+
+
+def all_monitors(batches=2, **options):
     """Every public monitor at an aggressive cadence, on each kind of data."""
     monitors = []
     for kind in MONITORS:
         monitors += [
-            kind(every_n_train_steps=1, probe=Probe(size=24)),
-            kind(every_n_train_steps=2, probe=Probe(first_batches=2), name="first", monitor=True),
-            kind(every_n_train_steps=3, probe=Probe(current_batch=True), name="current", mode="eval", pair=False),
+            kind(every_n_train_steps=1, probe=Probe(size=12 * batches), **EVERYTHING[kind], **options),
+            kind(every_n_train_steps=2, probe=Probe(first_batches=batches), name="first", monitor=True, **options),
+            kind(
+                every_n_train_steps=3,
+                probe=Probe(current_batch=True),
+                name="current",
+                mode="eval",
+                pair=False,
+                **options,
+            ),
         ]
     return monitors
 
@@ -48,11 +76,14 @@ def trained(folder, monitors, module=NastyModule, *, data=None, manual=False, re
     folder.mkdir(exist_ok=True)
     workers = options.pop("workers", 0)
     validate = options.pop("validate", False)
+    around = options.pop("around", None)
     pl.seed_everything(seed, workers=True)
     model = module(manual) if module is NastyModule else module()
     dataset = NoisySamples() if data is None else data
     callbacks = [
+        *options.pop("before", []),
         *monitors,
+        *options.pop("after", []),
         ModelCheckpoint(
             folder,
             filename="{epoch}-{step}",
@@ -76,13 +107,21 @@ def trained(folder, monitors, module=NastyModule, *, data=None, manual=False, re
     )
     extra = {"shuffle": True} if data is None else {}
     loading = {"num_workers": abs(workers), "persistent_workers": workers < 0} if workers else {}
-    trainer.fit(
-        model,
-        loader(dataset, **extra, **loading),
-        loader(NoisySamples(24)) if validate else None,
-        ckpt_path=resume,
-    )
-    return digest(trainer, model, folder, dataset if data is None else None), trainer
+    if around is not None:
+        around(trainer, model)
+    else:
+        trainer.fit(
+            model,
+            loader(dataset, **extra, **loading),
+            loader(NoisySamples(24)) if validate else None,
+            ckpt_path=resume,
+        )
+    averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return {
+        **digest(trainer, model, folder, dataset if data is None else None),
+        "precision": trainer.precision_plugin.state_dict(),
+        "averages": [{k: v.clone() for k, v in average.state_dict().items()} for average in averages if average],
+    }, trainer
 
 
 def resumed(folder, monitors_of, at, **options):
@@ -124,6 +163,241 @@ def test_a_run_with_all_monitors_is_the_run_without(tmp_path, name, module):
     assert same(without, with_monitors) == []
     for monitor in monitors:
         assert monitor.history, f"{monitor.label} measured nothing"
+
+
+class Adversaries(pl.LightningModule):
+    """A generator and a discriminator, two optimizers, manual steps: a step with two losses and no one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(inplace=True), nn.Linear(16, 8))
+        self.discriminator = nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(8, 16)),
+            nn.LeakyReLU(0.2),
+            nn.Dropout(0.2),
+            nn.Linear(16, 1),
+        )
+        self.noise = torch.Generator().manual_seed(6)
+        self.drawn = 0
+        self.order = []
+
+    def latents(self, batch):
+        self.drawn += 1
+        return torch.randn(len(batch[0]), 4, generator=self.noise) + 0.1 * torch.randn(len(batch[0]), 4)
+
+    def generator_loss(self, batch):
+        return F.softplus(-self.discriminator(self.generator(self.latents(batch)))).mean()
+
+    def discriminator_loss(self, batch):
+        fake = self.generator(self.latents(batch)).detach()
+        return F.softplus(-self.discriminator(batch[0])).mean() + F.softplus(self.discriminator(fake)).mean()
+
+    def training_step(self, batch, batch_idx):
+        self.order.append(batch[2].tolist())
+        for optimizer, scheduler, loss in zip(
+            self.optimizers(), self.lr_schedulers(), (self.generator_loss, self.discriminator_loss), strict=True
+        ):
+            self.toggle_optimizer(optimizer)
+            value = loss(batch)
+            self.log(loss.__name__, value, on_step=True, on_epoch=True)
+            self.manual_backward(value)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        optimizers = [
+            torch.optim.Adam(self.generator.parameters(), 1e-2, betas=(0.5, 0.9)),
+            torch.optim.SGD(self.discriminator.parameters(), 1e-2, momentum=0.9),
+        ]
+        return optimizers, [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) for optimizer in optimizers]
+
+
+class Unscheduled(NastyModule):
+    """Without a scheduler: skipped steps and averages of the weights do not go with one that counts steps."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-2)
+
+
+class Descends(NastyModule):
+    """Adam's ε is 0 in half precision."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 1e-2, momentum=0.9)
+
+
+class SecondOrder(NastyModule):
+    """L-BFGS calls the closure, and with it the step, as often as it likes."""
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad], lr=0.1, max_iter=3)
+
+
+class Compiled(NastyModule):
+    """Counts what its compiler is asked to compile."""
+
+    def __init__(self):
+        super().__init__()
+        backend = CompileCounterWithBackend("aot_eager")
+        self.net.compile(backend=backend)
+        object.__setattr__(self, "compiler", backend)
+
+
+class Tunable(NastyModule):
+    """Its rate and the size of its batches are there for the Tuner to change."""
+
+    def __init__(self):
+        super().__init__()
+        self.lr = 1e-2
+        self.batch_size = 4
+
+    def train_dataloader(self):
+        return loader(NoisySamples(), self.batch_size, shuffle=True)
+
+    def val_dataloader(self):
+        return loader(NoisySamples(24), self.batch_size)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], self.lr)
+
+
+class WithTest(NastyModule):
+    def test_step(self, batch, batch_idx):
+        x, y, _ = batch
+        self.counter += 1
+        self.log("test_loss", F.cross_entropy(self.frozen(self.head(self.net(x))), y))
+
+
+def tunes(trainer, module):
+    tuner = Tuner(trainer)
+    tuner.scale_batch_size(module, steps_per_trial=1, max_trials=2, init_val=4)
+    assert module.batch_size == 8
+    tuner.lr_find(module, num_training=4, update_attr=True)
+    trainer.fit(module)
+
+
+def validates_fits_and_tests(trainer, module):
+    others = loader(NoisySamples(24))
+    trainer.validate(module, others, verbose=False)
+    trainer.test(module, others, verbose=False)
+    trainer.fit(module, loader(NoisySamples(), shuffle=True), others)
+    trainer.test(module, others, verbose=False)
+    trainer.validate(module, others, verbose=False)
+
+
+def scaled(first=2.0**10):
+    """Mixed precision with a scaler: from a Trainer's string there is none on the CPU, and bfloat16 instead."""
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", first, growth_interval=2))]}
+
+
+def averaged(callback, where="after"):
+    return {where: [callback], "max_epochs": 2, "limit_train_batches": 3}
+
+
+def has_a_scaler(trainer, module):
+    assert isinstance(trainer.precision_plugin.scaler, torch.amp.GradScaler)
+    (steps,) = {int(state["step"]) for state in trainer.optimizers[0].state.values()}
+    assert steps == 4, "no step was skipped"
+    assert trainer.precision_plugin.scaler.get_scale() > 2.0**10
+
+
+def has_skipped_steps(trainer, module):
+    assert isinstance(trainer.precision_plugin.scaler, torch.amp.GradScaler)
+    (steps,) = {int(state["step"]) for state in trainer.optimizers[0].state.values()}
+    assert 0 < steps < 8, "some steps were skipped and some were not"
+
+
+def is_of(dtype):
+    def check(trainer, module):
+        assert {p.dtype for p in module.parameters()} == {dtype}
+
+    return check
+
+
+def was_compiled(trainer, module):
+    assert module.compiler.frame_count > 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration: a module, Trainer options made anew for each run, and what shows that it is what it says.
+
+    Attributes:
+        module: Makes the module.
+        options: Makes the options.
+        check: Looks at the Trainer and the module after a run without monitors.
+        monitors: Options of the monitors.
+        facts: What else must be the same.
+    """
+
+    module: Callable[[], pl.LightningModule] = NastyModule
+    options: Callable[[], dict[str, Any]] = dict
+    check: Callable[[pl.Trainer, pl.LightningModule], None] = lambda trainer, module: None
+    monitors: dict[str, Any] = field(default_factory=dict)
+    facts: Callable[[pl.LightningModule], Any] = lambda module: None
+
+
+FURTHER = {
+    "two optimizers": Case(Adversaries, monitors={"loss_fn": "generator_loss"}),
+    "two optimizers and a function": Case(
+        Adversaries, monitors={"loss_fn": lambda module, batch: module.discriminator_loss(batch)}
+    ),
+    "float64": Case(options=lambda: {"precision": "64-true"}, check=is_of(torch.float64)),
+    "bfloat16": Case(options=lambda: {"precision": "bf16-true"}, check=is_of(torch.bfloat16)),
+    "float16": Case(Descends, lambda: {"precision": "16-true"}, check=is_of(torch.float16)),
+    "16-mixed with a scaler": Case(options=scaled, check=has_a_scaler),
+    "16-mixed with skipped steps": Case(
+        Unscheduled, lambda: {**scaled(2.0**20), "max_epochs": 2}, check=has_skipped_steps
+    ),
+    "16-mixed in its own precision": Case(options=scaled, check=has_a_scaler, monitors={"precision": "same"}),
+    "compiled": Case(Compiled, check=was_compiled, facts=lambda module: module.compiler.frame_count),
+    "L-BFGS": Case(SecondOrder),
+    "the Tuner before": Case(Tunable, lambda: {"around": tunes, "limit_train_batches": 4}),
+    "validation and test around": Case(WithTest, lambda: {"around": validates_fits_and_tests}),
+    "stochastic weight averaging": Case(Unscheduled, lambda: averaged(StochasticWeightAveraging(1e-3, 1))),
+    "stochastic weight averaging first": Case(
+        Unscheduled, lambda: averaged(StochasticWeightAveraging(1e-3, 1), "before")
+    ),
+}
+if hasattr(lightning_callbacks, "WeightAveraging"):  # from Lightning 2.6 on
+    FURTHER["average of the weights"] = Case(options=lambda: averaged(lightning_callbacks.WeightAveraging(), "before"))
+    FURTHER["moving average of the weights"] = Case(
+        options=lambda: {**averaged(lightning_callbacks.EMAWeightAveraging(decay=0.9)), "validate": True}
+    )
+
+
+@pytest.mark.parametrize("name", FURTHER)
+# dynamo looks at whatever a hook sees
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
+def test_a_run_of_another_kind_with_all_monitors_is_the_run_without(tmp_path, name):
+    case = FURTHER[name]
+    digests, facts = [], []
+    for run, monitors in (("without", []), ("again", []), ("with", all_monitors(batches=1, **case.monitors))):
+        made = []
+
+        def module(made=made):
+            torch._dynamo.reset()
+            made.append(case.module())
+            return made[0]
+
+        options = {"max_epochs": 1, **case.options()}
+        found, trainer = trained(tmp_path / run, monitors, module, **options)
+        digests.append(found)
+        facts.append(case.facts(made[0]))
+        case.check(trainer, made[0])
+    without, again, with_monitors = digests
+    assert same(without, again) == [], "the run itself does not repeat"
+    assert same(without, with_monitors) == []
+    assert facts[0] == facts[2]
+    for monitor in monitors:
+        assert len(monitor.history) >= 2, f"{monitor.label} measured next to nothing"
+        for record in monitor.history:
+            for key, value in record.scalars.items():
+                # of a single coordinate, whose curvature may vanish
+                assert math.isfinite(value) or "/median_ratio" in key
 
 
 @pytest.mark.parametrize("at", ["end of an epoch", "middle of an epoch"])
