@@ -1,0 +1,171 @@
+"""The examples, shortened: what they measure is what their pages say, and they leave curves, records and a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_dynamics import read_records
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def values(history, key):
+    return [record.scalars[f"hessian/{key}"] for record in history]
+
+
+def assert_left_behind(folder, runs, picture, steps):
+    for run in runs:
+        version = folder / run / "version_0"
+        assert read_records(version)[-1].step == steps
+        assert list(version.glob("events.out.tfevents.*"))
+        header, *rows = (folder / f"{run}_csv" / "version_0" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+        assert {"hessian/edge_ratio", "hessian/top_1", "train_loss"} <= set(header.split(","))
+        assert rows
+    assert (folder / picture).stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return load("transformer")
+
+
+@pytest.fixture(scope="module")
+def lstm():
+    return load("lstm")
+
+
+@pytest.fixture(scope="module")
+def dqn():
+    return load("dqn")
+
+
+def test_the_transformer_comes_to_the_edge_of_adam_first_where_the_learning_rate_is_larger(
+    transformer, tmp_path, capsys
+):
+    histories = transformer.main(["--steps", "48", "--every", "48", "--folder", str(tmp_path)])
+    slow, fast = histories[1e-3], histories[3e-3]
+    for history in (slow, fast):
+        assert [record.step for record in history] == [0, 48]
+        # Adam has no effective step before its first one
+        assert "hessian/edge_ratio" not in history[0].scalars
+        # no one threshold for the sharpness: effective steps differ
+        assert all("hessian/stability_threshold" not in record.scalars for record in history)
+    assert values(slow, "top_1")[0] == pytest.approx(values(fast, "top_1")[0], rel=0.05)
+    assert values(fast[1:], "edge_ratio")[-1] > 0.4
+    assert values(slow[1:], "edge_ratio")[-1] < 0.1
+    assert values(fast, "probe_loss")[-1] < values(slow, "probe_loss")[-1] < values(slow, "probe_loss")[0] - 1
+    out = capsys.readouterr().out
+    assert out.count("In the last third the top eigenvalue lies between") == 2
+    assert_left_behind(tmp_path, ["transformer_0.001", "transformer_0.003"], "transformer.png", 48)
+
+
+def test_the_transformer_sees_the_past_alone_and_decays_matrices_alone(transformer):
+    pieces, vocabulary = transformer.zen_of_python()
+    torch.manual_seed(0)
+    model = transformer.CharacterModel(1e-3, vocabulary)
+    model.log = lambda *_, **__: None
+    outputs = []
+    model.head.register_forward_hook(lambda *arguments: outputs.append(arguments[-1].detach()))
+    for text in (pieces[:1], torch.cat([pieces[:1, :20], pieces[1:2, 20:]], dim=1)):
+        model.training_step((text,), 0)
+    before, after = ((outputs[0] - outputs[1])[0, part].abs().max() for part in (slice(20), slice(20, None)))
+    assert before < 1e-5 < 1e-2 < after
+    decayed, others = model.configure_optimizers().param_groups
+    assert {p.ndim for p in others["params"]} == {1}
+    assert min(p.ndim for p in decayed["params"]) == 2
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_the_lstm_is_measured_per_token_and_clipping_stands_beside_its_ratio(lstm, tmp_path, capsys):
+    found = lstm.main(["--steps", "24", "--every", "12", "--folder", str(tmp_path)])
+    (clipped, _), (free, _) = found["clipped at 0.1"], found["not clipped"]
+    for history, by_hand in found.values():
+        assert values(history, "probe_loss")[-1] == pytest.approx(by_hand["over tokens"], rel=1e-5)
+        assert by_hand["over batches"] != pytest.approx(by_hand["over tokens"], rel=1e-4)
+        thresholds = values(history, "stability_threshold")
+        assert thresholds == pytest.approx([2 * (1 + 0.9) / 2.0] * 3)
+        ratios = [top / threshold for top, threshold in zip(values(history, "top_1"), thresholds, strict=True)]
+        assert values(history, "edge_ratio") == pytest.approx(ratios)
+    assert values(clipped, "edge_ratio")[1] > 1.2
+    assert 0.1 < values(clipped[1:], "clip_factor")[-1] < 0.7
+    assert all("hessian/clip_factor" not in record.scalars for record in free)
+    assert values(clipped, "probe_loss")[-1] < values(free, "probe_loss")[-1] - 0.1
+    assert "times the clip factor of the steps before it" in capsys.readouterr().out
+    assert_left_behind(tmp_path, ["lstm_clipped", "lstm_not_clipped"], "lstm.png", 24)
+
+
+def test_the_lstm_wants_what_was_read_three_steps_before(lstm):
+    for read, wanted in lstm.sequences(5):
+        assert (wanted[:3] == lstm.NOTHING).all()
+        assert torch.equal(wanted[3:], read[:-3])
+    read, wanted = lstm.pad(lstm.sequences(5))
+    assert lstm.tokens((read, wanted)) == sum(len(r) - 3 for r, _ in lstm.sequences(5))
+
+
+def test_the_dqn_climbs_higher_with_a_huber_loss_and_measures_a_frozen_sample(dqn, tmp_path, capsys, monkeypatch):
+    agents = []
+    create = dqn.Agent
+
+    def remember(*arguments):
+        agents.append(create(*arguments))
+        return agents[-1]
+
+    monkeypatch.setattr(dqn, "Agent", remember)
+    histories = dqn.main(["--steps", "120", "--every", "40", "--folder", str(tmp_path)])
+    for history, agent in zip(histories.values(), agents, strict=True):
+        assert values(history, "stability_threshold") == pytest.approx([2 * (1 + 0.9) / 0.3] * 4)
+        assert {record.notes["probe"]["n"] for record in history} == {128 * 8}
+        # measurements play no game of their own: a move in each game at every tenth update
+        assert len(agent.replay.everything()[0]) == (128 + 12) * 8
+        pairs = zip(agent.online.parameters(), agent.target.parameters(), strict=True)
+        assert not any(torch.equal(online, target) for online, target in pairs)
+    assert max(values(histories["huber"], "edge_ratio")) > 1.2 * max(values(histories["cross_entropy"], "edge_ratio"))
+    out = capsys.readouterr().out
+    assert out.count("the threshold: the highest edge ratio is") == 2
+    assert_left_behind(tmp_path, ["dqn_huber", "dqn_cross_entropy"], "dqn.png", 120)
+
+
+def test_a_paddle_that_follows_the_ball_always_catches_it(dqn):
+    torch.manual_seed(0)
+    game = dqn.Catch(games=16)
+    rewards = []
+    for _ in range(3 * (dqn.ROWS - 1)):
+        _, _, reward, _, ends = game.play((game.ball - game.paddle).sign() + 1)
+        rewards += reward[ends].tolist()
+    assert len(rewards) == 3 * 16
+    assert statistics.mean(rewards) == 1
+
+
+@pytest.mark.parametrize(("loss", "least"), [("huber", 0.0), ("cross_entropy", math.log(2))])
+@torch.no_grad()
+def test_the_td_loss_is_least_where_outputs_stand_for_the_target(dqn, loss, least):
+    torch.manual_seed(0)
+    agent = dqn.Agent(loss, 0.1)
+    seen, actions, _, after, _ = agent.replay.everything()
+    ends = torch.ones(len(seen), dtype=torch.bool)  # nothing follows: the target is the reward
+    agent.online[-1].weight.zero_()
+    if loss == "huber":
+        agent.online[-1].bias.fill_(0.075)
+    else:  # half on the return 0 and half on 0.15
+        agent.online[-1].bias.view(dqn.ACTIONS, -1).zero_()[:, 10:12] = 50.0
+    at, below, above = (
+        float(agent.td_loss((seen, actions, torch.full((len(seen),), reward), after, ends)))
+        for reward in (0.075, -0.3, 0.45)
+    )
+    assert at == pytest.approx(least, abs=1e-4)
+    assert below == pytest.approx(above, rel=1e-3)
+    assert below > at + 0.05
