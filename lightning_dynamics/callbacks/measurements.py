@@ -81,19 +81,24 @@ class Measurements:
             self._checked.add(options.key)
             is_short = items[-1].weight not in (0.0, items[0].weight)
             items = [items[0], items[-1]] if any(self._ranks.gather(is_short)) else items[:1]
-            result = self._preflight(monitor, items)
-            if isinstance(result, Failure) and result.is_asymmetry and options.precision != "same":
+            result, shared = self._preflight(monitor, items)
+            if isinstance(result, Failure) and result.is_asymmetry and not shared and options.precision != "same":
                 # in single precision that may be rounding, after good training: ask in double precision
-                again = self._preflight(monitor, items, torch.float64)
+                again, _ = self._preflight(monitor, items, torch.float64)
                 result = result if isinstance(again, Failure) else again
             if isinstance(result, Failure) and not result.is_weather:
+                hint = ""
+                if result.is_asymmetry and shared:
+                    hint = f" The step shares {', '.join(shared)} with the module: what it writes there stays."
                 raise MisconfigurationException(
-                    f"{monitor.label} cannot measure {type(self._module).__name__}: {result.reason}"
+                    f"{monitor.label} cannot measure {type(self._module).__name__}: {result.reason}{hint}"
                 )
             if isinstance(result, Failure):
                 self._ledger.skip(monitor, result)
 
-    def _preflight(self, monitor: DynamicsMonitor, items: list[ProbeItem], least: torch.dtype | None = None) -> Any:
+    def _preflight(
+        self, monitor: DynamicsMonitor, items: list[ProbeItem], least: torch.dtype | None = None
+    ) -> tuple[Any, list[str]]:
         options = monitor.options
         sharing = [m for m in self._monitors if m.options.key == options.key]
 
@@ -105,7 +110,7 @@ class Measurements:
 
         outcome = measure_jointly(prepare, 1, self._ranks)
         self._name_shared(monitor, outcome)
-        return outcome.results[0]
+        return outcome.results[0], outcome.shared
 
     def _name_shared(self, monitor: DynamicsMonitor, outcome: Outcome) -> None:
         if outcome.shared:
@@ -162,14 +167,15 @@ class Measurements:
         """Measure at one step: each objective is opened once, for all monitors that share it."""
         for members in self._by_objective(roles):
             started = time.monotonic()
-            results = self._audited(when, members, self._results(when, members, roles, batch, saved), batch, saved)
+            outcome = self._outcome(when, members, roles, batch, saved)
+            results = self._audited(when, members, outcome, batch, saved)
             seconds = (time.monotonic() - started) / len(members)
             for i, result in zip(members, results, strict=True):
                 self._ledger.take(self._monitors[i], when, roles[i], result, seconds)
 
-    def _results(
+    def _outcome(
         self, when: When, members: list[int], roles: Mapping[int, Role], batch: Any, saved: SavedWeights | None
-    ) -> list[Any]:
+    ) -> Outcome:
         """One result for each of these monitors, which share an objective."""
         first = self._monitors[members[0]]
 
@@ -181,12 +187,13 @@ class Measurements:
         vectors = max(self._monitors[i].vectors_held for i in members)
         outcome = measure_jointly(prepare, len(members), self._ranks, vectors)
         self._name_shared(first, outcome)
-        return outcome.results
+        return outcome
 
     def _audited(
-        self, when: When, members: list[int], results: list[Any], batch: Any, saved: SavedWeights | None
+        self, when: When, members: list[int], measured: Outcome, batch: Any, saved: SavedWeights | None
     ) -> list[Any]:
-        """The same results; those whose turn it is, compared with double precision."""
+        """The results; those whose turn it is, compared with double precision."""
+        results = measured.results
         chosen = [
             (i, result)
             for i, result in zip(members, results, strict=True)
@@ -194,6 +201,11 @@ class Measurements:
             if self._monitors[i].audits(self._ledger.states[self._monitors[i].label].count, result)
         ]
         if not chosen:
+            return results
+        if measured.shared:
+            # a step that keeps something in what it shares would keep it in double precision
+            for _, result in chosen:
+                result.notes["rounding"] = f"not known: the step shares {', '.join(measured.shared)} with the module"
             return results
         first = self._monitors[chosen[0][0]]
 
