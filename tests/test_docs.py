@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,34 @@ def test_the_examples_of_docstrings_hold():
     result = doctest.testmod(curvature, extraglobs={"torch": torch, "Objective": Objective})
     assert result.attempted > 0
     assert result.failed == 0
+
+
+COSTS = re.findall(
+    r"^\| (.+?) \| (\d+) \| (\d+) \| \d+ \| \d+ \|$",
+    (ROOT / "docs" / "howto" / "cadence.md").read_text("utf-8"),
+    re.MULTILINE,
+)
+SHORT = ("`HessianMonitor()`", "a point with its whole spectrum")
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "later"),
+    [pytest.param(*row, id=row[0], marks=() if row[0] in SHORT else pytest.mark.slow) for row in COSTS],
+)
+def test_the_table_of_costs_is_what_is_counted(name, first, later):
+    from statistics import median
+
+    counting = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "point_cost.py"))
+    counted = counting["products"](**counting["ROWS"][name])
+    # the number of threads moves roundings, and with them single products
+    assert counted[0] == pytest.approx(int(first), rel=0.15)
+    assert median(counted[1:-1]) == pytest.approx(int(later), rel=0.15)
+
+
+def test_the_table_of_costs_is_whole():
+    assert [row[0] for row in COSTS] == list(
+        runpy.run_path(str(ROOT / "tests" / "benchmarks" / "point_cost.py"))["ROWS"]
+    )
 
 
 def quickstart(folder, *arguments):

@@ -1,6 +1,6 @@
 """A module's loss as a function of its weights. Imports torch and ``linalg``, never lightning."""
 
-from lightning_dynamics.objective.curvature import HessianOperator, curvature, hessian, symmetry_defect
+from lightning_dynamics.objective.curvature import HessianOperator, curvature_matrix, hessian, symmetry_defect
 from lightning_dynamics.objective.linearization import Linearization, Part, Sum
 from lightning_dynamics.objective.loss import Engine, LossFunction, Objective
 from lightning_dynamics.objective.outputs import Kind, OutputFn
@@ -20,7 +20,7 @@ __all__ = [
     "Part",
     "Sandbox",
     "Sum",
-    "curvature",
+    "curvature_matrix",
     "hessian",
     "select_parameters",
     "symmetry_defect",

@@ -156,7 +156,7 @@ def hessian(objective: Objective) -> Iterator[HessianOperator]:
 
 
 @contextmanager
-def curvature(objective: Objective, kind: Kind) -> Iterator[SymmetricOperator]:
+def curvature_matrix(objective: Objective, kind: Kind) -> Iterator[SymmetricOperator]:
     """Another curvature matrix of an objective with ``output_fn``, see :data:`Kind`, while the context is open.
 
     Example:
@@ -165,7 +165,7 @@ def curvature(objective: Objective, kind: Kind) -> Iterator[SymmetricOperator]:
         >>> cross_entropy = torch.nn.functional.cross_entropy
         >>> loss = lambda module, batch: cross_entropy(module(batch[0]), batch[1])
         >>> outputs = lambda module, batch: (module(batch[0]), lambda z: cross_entropy(z, batch[1]))
-        >>> with curvature(Objective(module, loss, [(x, y)], output_fn=outputs), "gauss_newton") as G:
+        >>> with curvature_matrix(Objective(module, loss, [(x, y)], output_fn=outputs), "gauss_newton") as G:
         ...     G(torch.ones(6)).shape
         torch.Size([6])
     """

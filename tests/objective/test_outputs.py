@@ -9,7 +9,7 @@ from torch.distributions import Categorical, Independent, Normal
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
-from lightning_dynamics.objective import Objective, curvature, hessian, symmetry_defect
+from lightning_dynamics.objective import Objective, curvature_matrix, hessian, symmetry_defect
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def jacobian(net, x):
 
 
 def dense(objective, kind):
-    with curvature(objective, kind) as matrix:
+    with curvature_matrix(objective, kind) as matrix:
         eye = torch.eye(matrix.size, dtype=matrix.dtype)
         return torch.stack([matrix(row) for row in eye])
 
@@ -202,6 +202,6 @@ def test_a_module_that_runs_twice_is_not_the_output():
 
 
 def test_hooks_do_not_stay(net):
-    with curvature(Objective(net, cross_entropy, batches(), output_fn="2"), "gauss_newton") as G:
+    with curvature_matrix(Objective(net, cross_entropy, batches(), output_fn="2"), "gauss_newton") as G:
         G(torch.ones(G.size, dtype=G.dtype))
     assert not net[2]._forward_hooks
