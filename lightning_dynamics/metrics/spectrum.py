@@ -80,7 +80,7 @@ def effective_parameters(density: SpectralDensity, alpha: float) -> Estimate:
 
 
 def negative_mass(density: SpectralDensity) -> float:
-    """Σ |λ| over the negative eigenvalues, as a share of Σ |λ| over all."""
+    """Sum of the moduli of the negative eigenvalues, as a share of that over all."""
     absolute = density.sum(torch.abs).value
     return density.sum(lambda values: (-values).clamp(min=0.0)).value / absolute if absolute > 0 else 0.0
 
@@ -92,7 +92,7 @@ def spectral_sparsity(density: SpectralDensity, threshold: float) -> Estimate:
 
 
 def median_ratio(diagonal: Tensor, weights: Tensor | None = None) -> float:
-    """R_med = max |Hᵢᵢ| / median |Hᵢᵢ| over the given entries: how unevenly curvature is spread over coordinates.
+    """R_med, the largest over the median modulus of diagonal entries: how unevenly coordinates share curvature.
 
     Source: Jiang, Malik and Li, arXiv 2211.02254. Over a random subset of the coordinates the maximum, and with it the
     ratio, is at most that over all.

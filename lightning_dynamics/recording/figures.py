@@ -54,9 +54,11 @@ class DensityView:
         if not high > low:
             low, high = low - 0.5, high + 0.5
         edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
-        width = float(edges[1] - edges[0])
-        shares = self._smoothed((edges[1:] + edges[:-1]) / 2, width) * width
-        return torch.log10(1 + self.size * shares), edges
+        nodes, weights, widths = self._peaks(float(edges[1] - edges[0]))
+        # what a peak would lose beyond the ends stays within
+        reach = torch.special.ndtr((edges[:, None] - nodes[None, :]) / widths)
+        shares = (reach[1:] - reach[:-1]) / (reach[-1] - reach[0])
+        return torch.log10(1 + self.size * (shares * weights).sum(dim=1)), edges
 
     def figure(self, step: int | None = None) -> Figure:
         """Number of eigenvalues per unit of λ on a logarithmic axis, certified ones marked."""
@@ -99,7 +101,13 @@ class DensityView:
         return figure
 
     def _smoothed(self, grid: Tensor, narrowest: float) -> Tensor:
-        """The density at ``grid``, each node a Gaussian peak.
+        """The density at ``grid``."""
+        nodes, weights, widths = self._peaks(narrowest)
+        distances = (grid[:, None] - nodes[None, :]) / widths
+        return (weights * torch.exp(-(distances**2) / 2) / (widths * math.sqrt(2 * math.pi))).sum(dim=1)
+
+    def _peaks(self, narrowest: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Nodes, weights, and the standard deviations of the Gaussian peaks that they are drawn as.
 
         Certified eigenvalues are as narrow as allowed. A node of a quadrature stands for the spectrum half way to its
         neighbours in the same quadrature; as many nodes of the others lie between them as there are others.
@@ -113,9 +121,7 @@ class DensityView:
             left, right = (place - self.num_vectors).clamp(min=0), (place + self.num_vectors).clamp(max=len(unsure) - 1)
             span, count = nodes[unsure[right]] - nodes[unsure[left]], right - left
             widths[unsure] = (span * self.num_vectors / (2 * count.clamp(min=1))).clamp(min=narrowest)
-        distances = (grid[:, None] - nodes[None, :]) / widths
-        peaks = torch.exp(-(distances**2) / 2) / (widths * math.sqrt(2 * math.pi))
-        return (weights * peaks).sum(dim=1)
+        return nodes, weights, widths
 
 
 def rendered(figure: Figure) -> Tensor:

@@ -12,7 +12,7 @@ from helpers.fit import fit, full_batch
 from helpers.modules import Regression
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
-from lightning_dynamics import HessianMonitor, Probe, read_records
+from lightning_dynamics import HessianMonitor, Probe, Spectrum, read_records
 
 pytestmark = pytest.mark.clients
 
@@ -61,6 +61,39 @@ def test_tensorboard_shows_the_curves_the_layout_and_the_text(tmp_path):
     text = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
     for fact in ("the whole training set, 24 samples of 24 (100 %)", "10 samples of 24 (41.7 %)", "every 2 steps"):
         assert fact in text
+
+
+def test_spectra_are_seen_in_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = HessianMonitor(2, 1, every_n_train_steps=2, probe=WHOLE, spectrum=Spectrum(2), also_log="median_ratio/.*")
+    trained(TensorBoardLogger(tmp_path, name="", version="run"), monitors=[monitor])
+    events = EventAccumulator(str(tmp_path / "run"), {"scalars": 0, "histograms": 0, "images": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("hessian/trace")] == [0, 2, 4, 5]
+    histograms = events.Histograms("hessian/density")
+    assert [event.step for event in histograms] == [0, 2, 4, 5]
+    top = monitor.history[0].scalars["hessian/top_1"]
+    assert histograms[0].histogram_value.max == pytest.approx(top, rel=1e-2)
+    assert [event.step for event in events.Images("hessian/density_figure")] == [0, 2, 5]
+
+
+def test_spectra_are_in_the_row_of_their_step_in_wandb(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger("run", tmp_path, offline=True, project="test")
+    trained(logger, monitors=[HessianMonitor(2, 1, every_n_train_steps=2, probe=WHOLE, spectrum=Spectrum(2))])
+    run_dir = logger.experiment.dir
+    wandb.finish()
+    kinds = {}
+    for record in wandb_records(run_dir):
+        if record.HasField("history"):
+            row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            if "hessian/trace" in row:
+                step = row["trainer/global_step"]
+                kinds[step] = (row["hessian/density/_type"], "hessian/density_figure/_type" in row)
+    assert kinds == {0: ("histogram", True), 2: ("histogram", True), 4: ("histogram", False), 5: ("histogram", True)}
 
 
 def test_the_dashboard_has_at_most_the_scalars_that_were_promised(tmp_path):
