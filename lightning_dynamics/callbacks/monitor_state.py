@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -13,6 +17,7 @@ from lightning_dynamics.callbacks.measured import Clipping, Measured, When
 
 _SCHEMA = 1
 _SMALL = 1 << 26  # bytes of a monitor's memory that go into a checkpoint
+_LASTING = "first_"  # how the names of memories begin that later measurements are compared with for good
 
 
 @dataclass
@@ -29,8 +34,12 @@ class MonitorState:
     exposed: dict[str, float] = field(default_factory=dict)
     clipping: Clipping = field(default_factory=Clipping)
 
-    def to_checkpoint(self) -> dict[str, Any]:
-        """Plain containers and tensors, for a checkpoint that is loaded with ``weights_only=True``."""
+    def to_checkpoint(self, directory: Path | None = None) -> dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint that is loaded with ``weights_only=True``.
+
+        Args:
+            directory: Where a memory that is too large for a checkpoint, and has to last, may be written.
+        """
         tensors = [value for value in self.memory.values() if isinstance(value, Tensor)]
         small = sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= _SMALL
         pending = None
@@ -46,12 +55,29 @@ class MonitorState:
             "every": self.every,
             "every_detail": self.every_detail,
             "memory": dict(self.memory) if small else {},
+            "lasting": None if small else self._written(directory),
             "count": self.count,
             "pending": pending,
             "seconds": self.seconds,
             "exposed": dict(self.exposed),
             "clipping": [self.clipping.steps, float(self.clipping.clipped), float(self.clipping.factors)],
         }
+
+    def _written(self, directory: Path | None) -> str | None:
+        """The file with what has to last, written once; None if there is nothing, or it cannot be written."""
+        lasting = {key: value for key, value in self.memory.items() if key.startswith(_LASTING) or key == "layout"}
+        if directory is None or len(lasting) < 2:
+            return None
+        digest = hashlib.sha256(repr(sorted((k, v) for k, v in lasting.items() if not isinstance(v, Tensor))).encode())
+        file = directory / f"dynamics-memory-{digest.hexdigest()[:12]}.pt"
+        try:
+            if not file.exists():
+                directory.mkdir(parents=True, exist_ok=True)
+                torch.save(lasting, file)
+        except Exception as error:
+            warnings.warn(f"What later points are compared with cannot be kept for a resume: {error!r}.", stacklevel=2)
+            return None
+        return str(file)
 
     @classmethod
     def from_checkpoint(cls, kept: Mapping[str, Any]) -> MonitorState:
@@ -64,6 +90,9 @@ class MonitorState:
             raise MisconfigurationException(
                 "The checkpoint's state of a monitor was written by a newer lightning_dynamics. Install that."
             )
+        lasting = kept.get("lasting")
+        if lasting is not None and Path(lasting).exists():
+            kept = {**kept, "memory": torch.load(lasting, weights_only=True)}
         state = cls(
             every=kept["every"],
             every_detail=kept.get("every_detail"),

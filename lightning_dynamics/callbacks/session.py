@@ -166,7 +166,7 @@ class Session:
         if state is None or self.journal is None or self._last_step is None:
             return {}
         return {
-            **state.to_checkpoint(),
+            **state.to_checkpoint(self.journal.directory),
             "lineage": self.journal.lineage(),
             "skipped": self._ledger.skipped,
             "probe": self._probes.of(monitor).to_checkpoint(),

@@ -373,6 +373,27 @@ def test_resume_goes_on_with_the_references(tmp_path):
     assert cut.history[-1].notes["overlap"]["lag_first"] == 8
 
 
+def test_the_first_reference_outlasts_a_resume_however_large(tmp_path, monkeypatch):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    monkeypatch.setattr("lightning_dynamics.callbacks.monitor_state._SMALL", 10)
+
+    def run(epochs, ckpt_path=None):
+        made = monitor(pair=False)
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        options = {"enable_checkpointing": True, "default_root_dir": tmp_path, "ckpt_path": ckpt_path}
+        fit([made, saver], module(), full_batch(), max_epochs=epochs, **options)
+        return made
+
+    first = run(3)
+    kept = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["callbacks"]["HessianMonitor"]
+    assert kept["memory"] == {}
+    assert first.record_path.parent.joinpath(kept["lasting"]).exists()
+    last = run(5, tmp_path / "step=3.ckpt").history[-1]
+    assert last.step == 5
+    assert last.notes["overlap"]["lag_first"] == 5
+
+
 def test_what_is_asked_for_is_logged(tmp_path):
     from lightning.pytorch.loggers import CSVLogger
 
