@@ -189,6 +189,18 @@ class DynamicsMonitor(Callback):
         """The values that go to the loggers: those on by default, and ``also_log``. All of them stand in the record."""
         return {key: value for key, value in measured.scalars.items() if self._is_logged(key)}
 
+    def shown(self, clips: bool) -> list[str]:
+        """Keys, without the family, of the quantities that can come to the loggers: what charts are laid out for.
+
+        Args:
+            clips: Whether the Trainer clips gradients.
+        """
+        return [
+            q.key
+            for q in self.table.quantities
+            if q.on_by_default or any(_may_match(pattern, q.key, q.per_layer) for pattern in self._also_log)
+        ]
+
     def _is_logged(self, key: str) -> bool:
         if self.table.is_on_by_default(key):
             return True
@@ -286,6 +298,13 @@ def compiled_patterns(name: str, patterns: str | Sequence[str]) -> list[re.Patte
     except (re.error, TypeError) as error:
         message = f"`{name}` must hold regular expressions, got {patterns!r}: {error}."
         raise MisconfigurationException(message) from error
+
+
+def _may_match(pattern: re.Pattern[str], key: str, per_layer: bool) -> bool:
+    if not per_layer:
+        return pattern.fullmatch(key) is not None
+    # which layers there are is not known yet
+    return pattern.fullmatch(f"{key}/layer") is not None or pattern.pattern.startswith(f"{key}/")
 
 
 def _mean(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:

@@ -330,6 +330,9 @@ class HessianMonitor(DynamicsMonitor):
         joined.notes["products"] = first.notes["products"] + second.notes["products"]
         return joined
 
+    def shown(self, clips: bool) -> list[str]:
+        return super().shown(clips) + (["clip_factor", "clipped_share"] if clips else [])
+
     @property
     def _in_detail(self) -> list[str]:
         return [f"{self.table.family}/{key}" for key in DETAIL]

@@ -95,6 +95,7 @@ class Journal:
         step: int,
         header: Mapping[str, Any],
         tables: Sequence[QuantityTable],
+        shown: Sequence[QuantityTable],
     ) -> None:
         """Begin a segment at its first step: what an interrupted one had recorded from there on does not count.
 
@@ -102,6 +103,7 @@ class Journal:
             step: First step.
             header: What the header line says besides its names.
             tables: The monitors' tables.
+            shown: What of them comes to the loggers.
         """
         self.records = [record for record in self.records if record.step < step]
         self._segment = new_name()
@@ -117,7 +119,7 @@ class Journal:
             line = {**header, "quantities": quantities}
             self._try_to(partial(self._file.begin, self._run, self._segment, parent, line))
         self._tables = list(tables)
-        self._writer.begin(tables, about_text(tables, _facts(header)))
+        self._writer.begin(shown, about_text(tables, _facts(header)))
 
     def write(self, records: Iterable[Record], logged: Mapping[str, float], step: int) -> None:
         """Keep records of one step, and log values at it in one call."""

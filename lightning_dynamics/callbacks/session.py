@@ -256,7 +256,9 @@ class Session:
             for state in [self._ledger.states[m.label]]
         }
         tables = [*(monitor.table for monitor in self.monitors), COST]
-        self.journal.begin(step, {**header_of(trainer, module), "monitors": introduced}, tables)
+        clips = bool(trainer.gradient_clip_val)
+        shown = [*(monitor.table.only(monitor.shown(clips)) for monitor in self.monitors), COST]
+        self.journal.begin(step, {**header_of(trainer, module), "monitors": introduced}, tables, shown)
 
     def _flush(self, step: int) -> None:
         assert self.journal is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 ErrorKind = Literal["exact", "bound", "standard error", "none"]
@@ -66,6 +66,11 @@ class QuantityTable:
             q.on_by_default and (bare == q.key or (q.per_layer and bare.startswith(f"{q.key}/")))
             for q in self.quantities
         )
+
+    def only(self, keys: Iterable[str]) -> QuantityTable:
+        """The same with the quantities of these keys, given without the family."""
+        wanted = set(keys)
+        return replace(self, quantities=tuple(q for q in self.quantities if q.key in wanted))
 
     def densities(self) -> list[tuple[Quantity, str]]:
         """The spectra, with their full keys."""

@@ -53,6 +53,8 @@ def test_tensorboard_shows_the_curves_the_layout_and_the_text(tmp_path):
     charts = {(c.title, chart.title): list(chart.multiline.tag) for c in parsed.category for chart in c.chart}
     assert {c.title for c in parsed.category} == {"Hessian", "Hessian (small)", "Cost of the monitors"}
     assert charts[("Hessian", "Sharpness and threshold")] == [r"^hessian/top_1$", r"^hessian/stability_threshold$"]
+    assert ("Hessian", "Clipping") not in charts  # nothing is clipped, and no chart stays empty
+    assert ("Hessian", "Spectral sparsity") not in charts
     drawn = [key for key in events.Tags()["scalars"] if re.match("hessian|dynamics", key)]
     for key in drawn:
         assert any(re.match(pattern, key) for patterns in charts.values() for pattern in patterns), key
@@ -71,6 +73,10 @@ def test_spectra_are_seen_in_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "run"), {"scalars": 0, "histograms": 0, "images": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("hessian/trace")] == [0, 2, 4, 5]
+    layout = (
+        events.Tensors("custom_scalars__config__") if "custom_scalars__config__" in events.Tags()["tensors"] else []
+    )
+    assert any(b"hessian/median_ratio/.+$" in event.tensor_proto.string_val[0] for event in layout)
     histograms = events.Histograms("hessian/density")
     assert [event.step for event in histograms] == [0, 2, 4, 5]
     top = monitor.history[0].scalars["hessian/top_1"]
