@@ -71,7 +71,7 @@ def train(learning_rate: float, steps: int, every: int, folder: Path, wandb: boo
     if wandb:
         loggers.append(WandbLogger(name, save_dir=folder, project="lightning_dynamics_quickstart", offline=True))
 
-    monitor = HessianMonitor(every_n_train_steps=every, probe=Probe(whole=True))
+    monitor = HessianMonitor(every_n_train_steps=every, spectrum=False, probe=Probe(whole=True))
 
     trainer = pl.Trainer(
         accelerator="cpu",

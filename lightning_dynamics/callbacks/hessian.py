@@ -28,10 +28,12 @@ from lightning_dynamics.callbacks.ranks import Interrupted
 from lightning_dynamics.linalg import CongruentOperator, ExtremalEigenpairs, SymmetricOperator, eigenpairs, most_rows
 from lightning_dynamics.metrics import StabilityRule
 from lightning_dynamics.objective import Engine, HessianOperator, Kind, Layout, OutputFn, ParameterFilter, Part
+from lightning_dynamics.objective.memory import double_precision
 from lightning_dynamics.recording.quantity import QuantityTable, layer_keys
 
 _CHECK_EVERY = 10  # measurements between checks that no eigenvalue is missed
 _BIAS_EVERY = 10  # measurements between estimates of the probe's bias
+_AUDIT_SLOWLY = 100  # measurements between comparisons with double precision on devices that are slow at it
 _AUDITED = 4  # top eigenvectors that are multiplied in double precision
 _VECTORS = 1e-4  # tolerance of eigenvalues at which their vectors are good enough to be compared
 _SAME_RATE = 0.05  # relative difference of two third derivatives that rounding may explain
@@ -238,6 +240,8 @@ class HessianMonitor(DynamicsMonitor):
         into.enter("probe_loss", hessian.loss)
         into.enter("gradient_norm", float(hessian.gradient.norm()))
         into.notes["engine"] = "kept" if hessian.is_kept else "rebuilt"
+        into.notes["dtype"] = str(hessian.dtype).removeprefix("torch.")
+        into.notes["double_precision"] = double_precision(hessian.device)
         if point.clipping is not None and point.clipping.steps:
             into.enter("clip_factor", point.clipping.mean_factor)
             into.enter("clipped_share", point.clipping.clipped_share)
@@ -268,7 +272,7 @@ class HessianMonitor(DynamicsMonitor):
                 measure_layers(operator, ranges, self.spectrum, self.tolerance, point.generator, into)
         measured = self._keyed(into)
         if not self.audits(point.count, measured):
-            return self._enlarged(measured, point.memory.get("rounding", 0.0))
+            return self._enlarged(measured, point.memory.get("rounding"))
         ends = [(found.top, min(self.top_k, _AUDITED)), (found.bottom, min(self.bottom_k, 1))]
         point.memory["leading"] = [
             (end.vectors[i].clone(), float(end.values[i]), float(end.residuals[i]))
@@ -278,7 +282,11 @@ class HessianMonitor(DynamicsMonitor):
         return measured
 
     def audits(self, count: int, measured: Measured) -> bool:
-        return "converged" in measured.notes and (count % _CHECK_EVERY == 0 or "overlap" in measured.notes)
+        notes = measured.notes
+        if "converged" not in notes or notes["dtype"] == "float64" or notes["double_precision"] == "missing":
+            return False
+        every = _CHECK_EVERY if notes["double_precision"] == "fast" else _AUDIT_SLOWLY
+        return count % every == 0 or "overlap" in notes
 
     def audit(
         self, measured: Measured, rule: StabilityRule, memory: dict[str, Any], hessian: HessianOperator
@@ -298,9 +306,13 @@ class HessianMonitor(DynamicsMonitor):
         measured.notes["products"] += len(leading)
         return self._enlarged(measured, memory["rounding"])
 
-    def _enlarged(self, measured: Measured, rounding: float) -> Measured:
-        """The same with errors that contain a relative rounding of the matrix."""
+    def _enlarged(self, measured: Measured, rounding: float | None) -> Measured:
+        """The same with errors that contain a relative rounding of the matrix, where it is known."""
         family = self.table.family
+        if f"{family}/top_1" not in measured.scalars or measured.notes["dtype"] == "float64":
+            return measured
+        if rounding is None:
+            return replace(measured, notes={**measured.notes, "rounding": "not known"})
         margin = rounding * abs(measured.scalars[f"{family}/top_1"])
         errors = dict(measured.errors)
         for key in errors:

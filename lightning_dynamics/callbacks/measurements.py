@@ -197,8 +197,8 @@ class Measurements:
         chosen = [
             (i, result)
             for i, result in zip(members, results, strict=True)
-            if isinstance(result, Measured) and result.notes.get("dtype") not in (None, "float64")
-            if self._monitors[i].audits(self._ledger.states[self._monitors[i].label].count, result)
+            if isinstance(result, Measured)
+            and self._monitors[i].audits(self._ledger.states[self._monitors[i].label].count, result)
         ]
         if not chosen:
             return results
@@ -278,7 +278,6 @@ class Measurements:
                 in_detail=role.in_detail,
             )
             measured = monitor.measure(point)
-            measured.notes["dtype"] = str(hessian.dtype).removeprefix("torch.")
             measured.notes.setdefault("probe", data.describe())
             return measured
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +35,15 @@ class SavedBytes:
             self._storages[storage.data_ptr()] = storage.nbytes()
         # not the tensor itself: an output that its own node saves would keep the graph alive for ever
         return tensor.detach()
+
+
+def double_precision(device: torch.device) -> Literal["fast", "slow", "missing"]:
+    """How a device takes to float64: at half the speed of float32 or so, at a small part of it, or not at all."""
+    if device.type == "cuda" and torch.version.hip is None:
+        # data centre parts have the minor number 0; the others do 1/32 or 1/64
+        major, minor = torch.cuda.get_device_capability(device)
+        return "fast" if minor == 0 and major in (6, 7, 8, 9, 10) else "slow"
+    return "missing" if device.type == "mps" else "fast"
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -212,3 +212,30 @@ def test_the_scaler_is_left_alone_and_its_scale_is_in_no_value(precision):
         assert one.scalars == other.scalars
         assert one.errors == other.errors
     assert histories[0][0].scalars["hessian/probe_loss"] < 2
+
+
+def test_what_double_precision_cannot_tell_is_said(monkeypatch):
+    monkeypatch.setattr("lightning_dynamics.callbacks.hessian.double_precision", lambda _: "missing")
+    monitor = tracked()
+    trained(monitor, Classifier())
+    assert all(record.notes["rounding"] == "not known" for record in monitor.history)
+
+
+def test_a_loss_that_insists_on_float32_is_measured_and_its_rounding_not_known():
+    class Insists(Classifier):
+        def training_step(self, batch, batch_idx):
+            if self.dtype is torch.float64 or next(self.parameters()).dtype is torch.float64:
+                raise TypeError("float32, please")
+            return super().training_step(batch, batch_idx)
+
+    monitor = tracked()
+    trained(monitor, Insists())
+    assert monitor.history[0].notes["rounding"] == "not known: TypeError: float32, please"
+    assert "hessian/top_1" in monitor.history[0].scalars
+
+
+def test_between_comparisons_the_last_rounding_counts():
+    monitor = tracked()
+    trained(monitor, learned())
+    first, second = (record.notes["rounding"] for record in monitor.history[:2])
+    assert first == second > 0

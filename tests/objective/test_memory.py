@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_dynamics.objective.memory import SavedBytes, available_memory
+from lightning_dynamics.objective.memory import SavedBytes, available_memory, double_precision
 
 
 def test_saved_bytes_count_each_storage_once():
@@ -38,3 +38,19 @@ def test_a_container_limit_is_respected(tmp_path, monkeypatch, content):
     monkeypatch.setattr("lightning_dynamics.objective.memory._CGROUP", tmp_path)
     free = available_memory(torch.device("cpu"))
     assert (free == 600000) == (content != "max")
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "expected"),
+    [
+        ("cpu", None, "fast"),
+        ("mps", None, "missing"),
+        ("cuda", (8, 0), "fast"),
+        ("cuda", (9, 0), "fast"),
+        ("cuda", (8, 9), "slow"),
+        ("cuda", (12, 0), "slow"),
+    ],
+)
+def test_some_devices_are_slow_at_double_precision(device, capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert double_precision(torch.device(device)) == expected
