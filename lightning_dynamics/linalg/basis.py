@@ -116,6 +116,13 @@ class Basis:
         ]
 
 
+def inner(first: Tensor, second: Tensor) -> float:
+    """Inner product, accumulated in float64; on the CPU for devices that have none."""
+    if first.device.type == "mps":
+        first, second = first.cpu(), second.cpu()
+    return float(first.double().dot(second.double()))
+
+
 def norm(vector: Tensor) -> float:
     """Euclidean norm, accumulated in float64 where the vector's own type would lose digits."""
     if vector.dtype is torch.float64:

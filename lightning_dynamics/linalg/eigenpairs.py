@@ -269,7 +269,8 @@ class _Run:
                     limits=limit,
                     confidence=confidence if limit is not None else None,
                     converged=bool((bounds <= end.allowed(values, self.norm)).all()),
-                    gap=float(gaps[0]) if len(gaps) else None,
+                    gap=self._gap(end, gaps),
+                    product_error=self.space.product_error,
                 )
             )
         top, bottom = collected
@@ -287,6 +288,11 @@ class _Run:
             product_error=self.space.product_error,
             norm=self.norm,
         )
+
+    def _gap(self, end: _End, gaps: Tensor) -> float | None:
+        if len(gaps):
+            return float(gaps[0]) - self.space.product_error
+        return math.inf if end.count == self.operator.size else None
 
     def _wanted(self) -> Tensor:
         return torch.cat([end.wanted(self.pairs) for end in self.ends])

@@ -234,7 +234,9 @@ class KrylovSpace:
     def _grow(self) -> None:
         have = self._projected.shape[0]
         if len(self._basis) >= have:
-            larger = torch.zeros(2 * have, 2 * have, dtype=torch.float64)
+            # locked rows may be more than twice as many
+            size = 2 * len(self._basis)
+            larger = torch.zeros(size, size, dtype=torch.float64)
             larger[:have, :have] = self._projected
             self._projected = larger
 

@@ -18,15 +18,17 @@ class Eigenpairs:
         residuals: ‖A v - λ v‖, shape ``(k,)``. *Inclusion*: an eigenvalue of A lies within ``residuals +
             product_error`` of each value, always (Krylov-Weinstein).
         bounds: Estimated error of each value, shape ``(k,)``: min(r, r²/gap), for clusters min(‖R‖²/gap), plus the
-            error of a product (see :func:`value_bounds`). Right as long as no eigenvalue was missed; ``limits`` says
-            with which probability none was.
+            error of a product (see :func:`value_bounds`). Right as long as no eigenvalue was missed and clusters are
+            resolved, which failed for 3 % of the top and 5.5 % of the bottom values of 1,200 hard spectra; ``limits``
+            hold with a stated probability.
         limits: *Completeness*, shape ``(k,)`` or None where it was not checked: with probability ``confidence`` the
             i-th eigenvalue, counted with multiplicity, is not beyond ``limits[i]`` (above it at the top, below it at
             the bottom). It is never inside ``values[i]`` by more than the error of a product.
         confidence: The probability that goes with ``limits``.
         converged: Whether each of ``bounds`` meets the tolerance asked for.
         gap: Distance from the last value to the next one inwards, the residual of that one taken off; None where none
-            was met.
+            was met, infinite where there is none.
+        product_error: Estimated error of one product (norm, per unit vector).
     """
 
     values: Tensor
@@ -37,6 +39,7 @@ class Eigenpairs:
     confidence: float | None
     converged: bool
     gap: float | None = None
+    product_error: float = 0.0
 
     def __len__(self) -> int:
         return len(self.values)
@@ -54,7 +57,7 @@ class Eigenpairs:
             gap = self.gap
         else:
             return math.inf
-        return float(self.residuals[:k].norm()) / gap if gap > 0 else math.inf
+        return (float(self.residuals[:k].norm()) + math.sqrt(k) * self.product_error) / gap if gap > 0 else math.inf
 
 
 @dataclass(frozen=True)

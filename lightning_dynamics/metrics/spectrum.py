@@ -41,7 +41,7 @@ def principal_cosines(first: Tensor, second: Tensor) -> Tensor:
             f"{tuple(second.shape)}."
         )
     product = first @ second.to(first.device, first.dtype).mT
-    cosines: Tensor = torch.linalg.svdvals(product.double().cpu()).clamp(max=1.0)
+    cosines: Tensor = torch.linalg.svdvals(product.cpu().double()).clamp(max=1.0)
     return cosines
 
 

@@ -123,3 +123,118 @@ def test_what_does_not_fit_is_refused(options, message):
 def test_a_width_that_is_none_is_refused():
     with pytest.raises(ValueError, match="`width` must be positive"):
         spectral_density(network_operator()[1]).smoothed(torch.zeros(1), 0.0)
+
+
+STUDENT = {4: 3.182, 8: 2.365, 16: 2.131}  # two-sided 95 % at one degree of freedom less
+NUMBERS = [pytest.param(4, marks=pytest.mark.slow), 8, pytest.param(16, marks=pytest.mark.slow)]
+REPEATS = 200
+
+
+def covered(operator, function, exact, num_vectors, num_steps, estimate="sum", **known):
+    """In how many of REPEATS the estimate lies within what its own error allows at 95 %."""
+    hits = 0
+    for seed in range(REPEATS):
+        density = spectral_density(
+            operator, num_vectors=num_vectors, num_steps=num_steps, generator=generator(seed + 5000), **known
+        )
+        found = getattr(density, estimate)(function)
+        hits += abs(found.value - exact) <= STUDENT[num_vectors] * found.error
+    return hits / REPEATS
+
+
+BY_CHANCE = 3.1 * math.sqrt(0.95 * 0.05 / REPEATS)
+
+
+@pytest.mark.parametrize("num_vectors", NUMBERS)
+def test_the_error_of_the_trace_covers_at_its_rate(num_vectors):
+    spectrum, operator, vectors = network_operator()
+    known = {"known": spectrum[:3], "vectors": vectors}
+    rate = covered(operator, lambda values: values, float(spectrum.sum()), num_vectors, 1, **known)
+    assert abs(rate - 0.95) <= BY_CHANCE
+
+
+@pytest.mark.parametrize("num_vectors", NUMBERS)
+def test_the_error_of_a_count_covers_at_its_rate_where_the_quadrature_is_exact(num_vectors):
+    """Five different values: five steps resolve them, so that only the draw of the vectors is uncertain."""
+    spectrum = torch.tensor([-2.0, -0.5, 0.0, 1.0, 3.0]).double().repeat_interleave(torch.tensor([20, 60, 90, 50, 30]))
+    within = lambda values: ((values > -1) & (values < 2)).double()  # noqa: E731
+    exact = float(within(spectrum).sum())
+    rate = covered(DiagonalOperator(spectrum), within, exact, num_vectors, 5)
+    assert abs(rate - 0.95) <= BY_CHANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_vectors", [4, 8, 16])
+@pytest.mark.parametrize("interval", [(0.05, 0.2), (-0.1, 0.0), (0.1, 20.0)])
+def test_the_error_beyond_polynomials_covers_a_count_whose_edges_lie_in_the_bulk(num_vectors, interval):
+    """The quadrature is not exact here, and its error is not random: covered more often than 95 %, never less."""
+    spectrum, operator, vectors = network_operator()
+    known = {"known": spectrum[:3], "vectors": vectors}
+    within = lambda values: ((values > interval[0]) & (values < interval[1])).double()  # noqa: E731
+    exact = float(within(spectrum).sum())
+    rate = covered(operator, within, exact, num_vectors, 16, "sum_beyond_polynomials", **known)
+    assert rate >= 0.95 - BY_CHANCE
+
+
+@pytest.mark.parametrize("options", [{}, {"num_vectors": 1, "num_steps": 1}, {"num_vectors": 3, "num_steps": 40}])
+@pytest.mark.parametrize("with_known", [False, True])
+@pytest.mark.parametrize(
+    "spectrum",
+    [network_like(OUTLIERS, bulk=60), torch.zeros(30).double(), torch.linspace(-3, -1, 50).double(), torch.ones(4)],
+    ids=["network", "zero", "negative", "identity"],
+)
+def test_the_density_integrates_to_one_and_its_first_moment_is_the_mean_eigenvalue(options, with_known, spectrum):
+    known = {"known": spectrum[:3], "vectors": torch.eye(len(spectrum), dtype=torch.float64)[:3]} if with_known else {}
+    density = spectral_density(DiagonalOperator(spectrum), generator=generator(3), **known, **options)
+    nodes, weights = density.points()
+    scale = max(1.0, float(spectrum.abs().max()))
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-12)
+    assert float((nodes * weights).sum()) == pytest.approx(density.trace.value / len(spectrum), abs=1e-12 * scale)
+    grid = torch.linspace(-5, 12, 4001, dtype=torch.float64)
+    curve = density.smoothed(grid, 0.1)
+    assert float(torch.trapezoid(curve, grid)) == pytest.approx(1, abs=1e-9)
+    mean = float(torch.trapezoid(curve * grid, grid))
+    assert mean == pytest.approx(density.trace.value / len(spectrum), abs=1e-9 * scale)
+    assert density.sum(torch.ones_like).value == pytest.approx(len(spectrum), abs=1e-9)
+
+
+def test_the_rough_density_is_that_of_half_as_many_steps():
+    operator = network_operator()[1]
+    density = spectral_density(operator, num_vectors=3, num_steps=9, generator=generator(2))
+    assert density.rough is not None
+    assert density.rough.rough is None
+    assert density.rough.nodes.shape == (3, 5)
+    # the same vectors with that many steps
+    for row in range(3):
+        source = generator(2)
+        for _ in range(row):
+            torch.randn(operator.size, generator=source)
+        alone = spectral_density(operator, num_vectors=1, num_steps=5, generator=source)
+        expected, order = alone.nodes[0].sort()
+        found, place = density.rough.nodes[row].sort()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(density.rough.weights[row][place], alone.weights[0][order], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 5, 7])
+def test_beyond_polynomials_adds_nothing_to_a_polynomial(degree):
+    """Half of eight steps is exact to degree 7."""
+    density = spectral_density(network_operator()[1], num_vectors=4, num_steps=8, generator=generator(1))
+    power = lambda values: values**degree  # noqa: E731
+    plain, beyond = density.sum(power), density.sum_beyond_polynomials(power)
+    assert beyond.value == plain.value
+    assert beyond.error == pytest.approx(plain.error, rel=1e-6, abs=1e-9 * max(1.0, abs(plain.value)))
+
+
+def test_beyond_polynomials_tells_the_error_of_the_quadrature():
+    """All vectors agree here, so that their spread says nothing of how wrong they are together."""
+    spectrum = torch.linspace(-1, 1, 4000).double()
+    count = lambda values: (values > 0.03).double()  # noqa: E731
+    exact = float(count(spectrum).sum())
+    density = spectral_density(DiagonalOperator(spectrum), num_vectors=16, num_steps=7, generator=generator(0))
+    plain, beyond = density.sum(count), density.sum_beyond_polynomials(count)
+    assert abs(plain.value - exact) > 4 * plain.error
+    assert abs(beyond.value - exact) < 2 * beyond.error
+    assert beyond.error == pytest.approx(
+        math.hypot(plain.error, plain.value - density.rough.sum(count).value), rel=1e-12
+    )
