@@ -74,16 +74,15 @@ class StabilityRule:
 
     def diagonals(self, shapes: Mapping[str, torch.Size], like: Tensor) -> tuple[Tensor, Tensor]:
         """Diagonals of C^½ and of W, each of shape ``(size,)``, in the order of ``shapes`` and the type of ``like``."""
-        scale = [
-            torch.as_tensor(self.scales[name], device=like.device).double().expand(s) for name, s in shapes.items()
-        ]
-        shift = [
-            torch.as_tensor(self.shifts[name], device=like.device).double().expand(s) for name, s in shapes.items()
-        ]
-        return (
-            torch.cat([s.reshape(-1) for s in scale]).sqrt().to(like.dtype),
-            torch.cat([s.reshape(-1) for s in shift]).to(like.dtype),
-        )
+        place = torch.device("cpu") if like.device.type == "mps" else like.device
+
+        def whole(parts: Mapping[str, float | Tensor]) -> Tensor:
+            each = [
+                torch.as_tensor(parts[name], device=place).double().expand(s).reshape(-1) for name, s in shapes.items()
+            ]
+            return torch.cat(each)
+
+        return whole(self.scales).sqrt().to(like.device, like.dtype), whole(self.shifts).to(like.device, like.dtype)
 
 
 class _NotYetError(Exception):
@@ -130,6 +129,7 @@ def stability_rule(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.
                 try:
                     scales[name], shifts[name] = terms(group, optimizer.state.get(parameter, {}))
                 except _NotYetError:
+                    shifts[name] = 0.0 if _is_decoupled(optimizer, group) else float(group["weight_decay"])
                     waiting += 1
                 except ValueError as error:
                     return _unavailable(scales, shifts, str(error))
@@ -186,6 +186,10 @@ def _adam_any(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float
     return _adamw(group, state) if group.get("decoupled_weight_decay") else _adam(group, state)
 
 
+def _is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    return isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay"))
+
+
 def _adam_scale(group: Mapping[str, Any], state: Mapping[str, Any]) -> float | Tensor:
     lr, (beta1, beta2) = float(group["lr"]), (float(beta) for beta in group["betas"])
     if lr == 0.0:
@@ -204,7 +208,12 @@ def _moment(state: Mapping[str, Any], key: str) -> Tensor:
     if moment is None:
         raise _NotYetError
     tensor = torch.as_tensor(moment).detach()
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
+    return _double(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    """In double precision, on the CPU where the device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _describe(name: str, group: Mapping[str, Any]) -> str:

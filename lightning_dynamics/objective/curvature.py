@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_dynamics.linalg.basis import inner
 from lightning_dynamics.linalg.krylov import random_vector
 from lightning_dynamics.linalg.operator import OnSpaceOf, SymmetricOperator
 from lightning_dynamics.objective.linearization import Part, Sum
@@ -108,24 +109,6 @@ class HessianOperator(OnSpaceOf):
         """
         return self._at.product(vector, "all", "slope").div_(self._at.weights["all"])
 
-    def blocks(self) -> dict[str, tuple[int, int]]:
-        """Ranges of coordinates, first and one after last, by the module that owns the parameters there.
-
-        Parameters of one module that do not lie side by side (a shared weight, say) make several blocks, numbered.
-        """
-        ranges: dict[str, tuple[int, int]] = {}
-        start, current = 0, ""
-        for name, size in zip(self.layout.shapes, self.layout.sizes, strict=True):
-            owner = name.rpartition(".")[0] or name
-            if current.partition("#")[0] == owner and ranges:
-                ranges[current] = (ranges[current][0], start + size)
-            else:
-                again = sum(1 for other in ranges if other.partition("#")[0] == owner)
-                current = owner if not again else f"{owner}#{again + 1}"
-                ranges[current] = (start, start + size)
-            start += size
-        return ranges
-
 
 class _MatrixOfLoss(OnSpaceOf):
     def __init__(self, hessian: HessianOperator, kind: Kind, part: Part) -> None:
@@ -182,5 +165,5 @@ def symmetry_defect(operator: SymmetricOperator, generator: torch.Generator) -> 
     u, v = random_vector(operator, generator), random_vector(operator, generator)
     image_u, image_v = operator(u), operator(v)
     scale = math.sqrt(float(image_u.norm() * v.norm()) * float(image_v.norm() * u.norm()) / operator.size)
-    difference = abs(float(u.double().dot(image_v.double()) - v.double().dot(image_u.double())))
+    difference = abs(inner(u, image_v) - inner(v, image_u))
     return difference / scale if scale > 0 else difference

@@ -77,6 +77,7 @@ class Linearization:
         self._graphs: list[_Graph] | None = None
         self._composed: dict[Kind, list[_Composed]] = {}
         self._losses: dict[tuple[int, int], float] = {}
+        self._is_evaluated = False
 
     @property
     def size(self) -> int:
@@ -118,7 +119,7 @@ class Linearization:
             gradient.add_(self.layout.flatten(parts, gradient), alpha=term.weight)
             if keep:
                 graphs.append(_Graph(term.index, term.weight, parts, self._objective.sandbox.state()))
-        self.weights, self.reached = weights, reached
+        self.weights, self.reached, self._is_evaluated = weights, reached, True
         self._graphs = graphs if keep else None
         return total, gradient
 
@@ -164,9 +165,8 @@ class Linearization:
                 term = next(self._objective._terms(), None)
                 if term is not None:
                     self._gradient(term.loss, graph=True)
-            # with outputs, their graphs are kept beside those of the gradients
-            copies = 1 if self._objective.output_fn is None else 2
-            self._objective.graph_bytes = saved.total * self._objective.num_terms * copies
+            # each matrix keeps graphs of its own
+            self._objective.graph_bytes = saved.total * self._objective.num_terms * self._objective.matrices
         return self._objective.graph_bytes
 
     def _images(
@@ -190,6 +190,8 @@ class Linearization:
         kept = []
         for term in self._objective._terms(kind):
             assert term.outputs is not None
+            if self._is_evaluated and (term.index, term.draw) not in self._losses:
+                continue  # the step skipped this batch, and its weight does not count
             if kind == "gauss_newton" and (term.index, term.draw) in self._losses:
                 check_agreement(self._losses[term.index, term.draw], float(term.loss.detach()))
             composition = Composition(term.outputs, term.loss, self._leaves)

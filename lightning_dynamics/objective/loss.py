@@ -41,6 +41,7 @@ class Objective:
             for losses that are means over samples.
         parameters: Which parameters make up θ, see :data:`ParameterFilter`; all that require a gradient by default.
         output_fn: Where the network's outputs are, see :data:`OutputFn`; needed for all but the Hessian.
+        matrices: How many matrices products will be taken of, the Hessian included: the memory of graphs grows with it.
         seed: Seed of the noise (dropout, augmentation). Batch b draws from a stream of its own.
         noise_draws: R ≥ 1; the loss is averaged over R draws of the noise, at R times the cost. A single fixed draw
             biases the largest eigenvalue upwards.
@@ -69,6 +70,7 @@ class Objective:
         weights: Sequence[float] | None = None,
         parameters: ParameterFilter | None = None,
         output_fn: OutputFn | None = None,
+        matrices: int = 1,
         seed: int = 0,
         noise_draws: int = 1,
         indices: Sequence[int] | None = None,
@@ -92,6 +94,7 @@ class Objective:
         self.seed = seed
         self.noise_draws = noise_draws
         self.output_fn = output_fn
+        self.matrices = matrices
         self.graph_bytes: int | None = None  # what the gradient graphs of all batches take, once it is known
         self._loss = loss
         self._batches = batches
@@ -194,7 +197,8 @@ class Objective:
             loss = self._evaluate(index, batch, draw, tapped(self._loss, where, caught))
             return (None, None) if loss is None else (only_one(caught, where), loss)
         outputs, head = check_outputs(self._run(where, index, batch, draw))
-        return outer_value(kind, outputs, head)
+        with Repaired():
+            return outer_value(kind, outputs, head)
 
     def _run(self, function: Callable[[nn.Module, Any], Any], index: int, batch: Any, draw: int) -> Any:
         """A function of module and batch, from the state that every evaluation starts from."""

@@ -26,7 +26,8 @@ Head = Callable[[Tensor], Tensor | Distribution]
 # the function first: configuration files try the types in their order, and take anything for a string
 OutputFn = Callable[[nn.Module, Any], tuple[Tensor, Head]] | str
 """Where a network's outputs f are. Either the name of the submodule that returns them in the training step: then φ is
-the rest of the step, and nothing is restated; enough for ``"gauss_newton"`` and ``"residual"``. Or a function of module
+the rest of the step, and nothing is restated; enough for ``"gauss_newton"`` and ``"residual"``; a term of the loss that
+does not come by way of the outputs, such as a penalty on weights, belongs to the residual. Or a function of module
 and batch that returns f and a function of f alone with, by what is asked for,
 
 - the batch's loss, a scalar, or its samples' losses, shape ``(n,)``, of which it is the mean: ``"gauss_newton"``;
@@ -54,6 +55,12 @@ class Composition:
         # z ↦ Jᵀz is linear, so the derivative of it along v is Jv: two reverse passes make a forward one
         self._dummy = torch.zeros_like(outputs, requires_grad=True)
         self._pulled = torch.autograd.grad(outputs, leaves, self._dummy, create_graph=True, allow_unused=True)
+        reached = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+        if any(part is not None and pulled is None for part, pulled in zip(reached, self._pulled, strict=True)):
+            raise ValueError(
+                "Some of the measured parameters act on the loss and not on the outputs of `output_fn`, so that Jᵀ∇²φJ "
+                "would leave them out. Name the last module, or leave them out with `parameters=`."
+            )
 
     def product(self, directions: Sequence[Tensor]) -> list[Tensor | None]:
         """Jᵀ ∇²φ J v, in the parameters' shapes; None stands for zero."""
@@ -158,12 +165,13 @@ def tapped(loss: Callable[[nn.Module, Any], Any], name: str, caught: list[Tensor
         finally:
             handle.remove()
 
-    def catch(_: nn.Module, __: Any, output: Any) -> None:
+    def catch(_: nn.Module, __: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"`output_fn={name!r}`: that module returns {type(output).__name__}, not a tensor. Pass a function."
             )
         caught.append(output)
+        return output.clone()  # the step may go on to write to it
 
     return evaluate
 

@@ -106,6 +106,24 @@ class Layout:
             for part, p in zip(self.unflatten(vector), parameters, strict=True)
         ]
 
+    def blocks(self) -> dict[str, tuple[int, int]]:
+        """Ranges of coordinates, first and one after last, by the module that owns the parameters there.
+
+        Parameters of one module that do not lie side by side (a shared weight, say) make several blocks, numbered.
+        """
+        ranges: dict[str, tuple[int, int]] = {}
+        start, current = 0, ""
+        for name, size in zip(self.shapes, self.sizes, strict=True):
+            owner = name.rpartition(".")[0] or name
+            if current.partition("#")[0] == owner and ranges:
+                ranges[current] = (ranges[current][0], start + size)
+            else:
+                again = sum(1 for other in ranges if other.partition("#")[0] == owner)
+                current = owner if not again else f"{owner}#{again + 1}"
+                ranges[current] = (start, start + size)
+            start += size
+        return ranges
+
     def _split(self, vector: Tensor) -> Sequence[Tensor]:
         return torch.split(vector, self.sizes)
 

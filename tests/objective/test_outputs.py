@@ -149,7 +149,7 @@ def test_halves_and_blocks(net):
             halves = (H.operator(kind, "even")(v) + H.operator(kind, "odd")(v)) / 2
             assert torch.allclose(halves, H.operator(kind)(v), atol=1e-12)
             assert symmetry_defect(H.operator(kind), torch.Generator().manual_seed(0)) < 1e-12
-        assert H.blocks() == {"0": (0, 16), "2": (16, 31)}
+        assert H.layout.blocks() == {"0": (0, 16), "2": (16, 31)}
 
 
 class Tied(nn.Module):
@@ -164,7 +164,7 @@ class Tied(nn.Module):
 def test_blocks_are_those_of_the_owning_modules():
     objective = Objective(Tied(), lambda net, x: net(x).square().mean(), [torch.randn(4, 2)])
     with hessian(objective) as H:
-        assert H.blocks() == {"scale": (0, 1), "a": (1, 7), "b": (7, 13)}
+        assert H.layout.blocks() == {"scale": (0, 1), "a": (1, 7), "b": (7, 13)}
 
 
 WRONG = {
@@ -192,6 +192,37 @@ WRONG = {
 def test_what_cannot_be_is_said(net, outputs, kind, message):
     with pytest.raises(ValueError, match=message):
         dense(Objective(net, cross_entropy, batches(), output_fn=outputs), kind)
+
+
+@pytest.mark.parametrize("outputs", ["2", OUTPUTS["scalar loss"]], ids=["by name", "function"])
+def test_batches_that_are_skipped_do_not_count(outputs):
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Identity(), nn.Identity(), nn.Linear(3, 3)).double()
+
+    def skips(net, batch):
+        return cross_entropy(net, batch) if len(batch[0]) == 5 else None
+
+    objective = Objective(linear, skips, batches(), output_fn=outputs)
+    # of a linear network the Gauss-Newton matrix is the Hessian
+    assert torch.allclose(dense(objective, "gauss_newton"), dense(objective, "hessian"), atol=1e-12)
+
+
+def test_outputs_before_the_last_parameters_are_refused(net):
+    with pytest.raises(ValueError, match="act on the loss and not on the outputs"):
+        dense(Objective(net, cross_entropy, batches(), output_fn="0"), "gauss_newton")
+
+
+def test_what_the_step_writes_into_the_outputs_changes_nothing(net):
+    def in_place(net, batch):
+        return net(batch[0]).pow_(2).mean()
+
+    def apart(net, batch):
+        return net(batch[0]).pow(2).mean()
+
+    written, plain = (
+        dense(Objective(net, loss, batches(), output_fn="2"), "gauss_newton") for loss in (in_place, apart)
+    )
+    assert torch.equal(written, plain)
 
 
 def test_a_module_that_runs_twice_is_not_the_output():
