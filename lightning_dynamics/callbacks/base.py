@@ -19,7 +19,7 @@ from lightning_dynamics.callbacks.lightning_objective import ObjectiveOptions
 from lightning_dynamics.callbacks.measured import Measured, Point
 from lightning_dynamics.callbacks.probe import ProbeData
 from lightning_dynamics.metrics import StabilityRule
-from lightning_dynamics.objective import HessianOperator, Kind
+from lightning_dynamics.objective import HessianOperator, Kind, Layout
 from lightning_dynamics.recording.quantity import QuantityTable
 from lightning_dynamics.recording.record import Record, new_name, read_records
 
@@ -49,9 +49,6 @@ class DynamicsMonitor(Callback):
 
     vectors_held = 0
     """Vectors of the size of the parameters that a measurement holds at most, besides the gradient graphs."""
-
-    products_in_detail = 0.0
-    """Products that a measurement in detail costs beyond a point."""
 
     detail_name = "in detail"
     """What is measured in detail, in words."""
@@ -83,6 +80,10 @@ class DynamicsMonitor(Callback):
         self.monitor = monitor
         self.name = name
         self._also_log = compiled_patterns("also_log", also_log)
+        for pattern in self._also_log:
+            if not any(_may_match(pattern, q.key, q.per_layer) for q in self.table.quantities):
+                keys = ", ".join(f"{q.key}/<layer>" if q.per_layer else q.key for q in self.table.quantities)
+                raise MisconfigurationException(f"`also_log={pattern.pattern!r}` matches no key; there are: {keys}.")
         self._session: Any = None
         self._restored: dict[str, Any] | None = None
         self._home = os.getpid()
@@ -118,6 +119,10 @@ class DynamicsMonitor(Callback):
     def products_per_point(self) -> float:
         """Hessian products that one point costs, pair and graphs included, when points are far apart."""
 
+    def products_in_detail(self, layout: Layout) -> float:
+        """Products that a measurement in detail costs beyond a point, with parameters laid out like this."""
+        return 0.0
+
     @abstractmethod
     def measure(self, point: Point) -> Measured:
         """Measure at a point. Runs on rank zero; whatever it asks of the objective is computed by all ranks."""
@@ -151,6 +156,10 @@ class DynamicsMonitor(Callback):
             memory: What the monitor keeps.
             hessian: The objective at the same weights in double precision.
         """
+        return measured
+
+    def unaudited(self, measured: Measured, memory: dict[str, Any], reason: str) -> Measured:
+        """The same measurement, where it could not be compared with double precision after all."""
         return measured
 
     def check(self, hessian: HessianOperator) -> None:
@@ -303,8 +312,9 @@ def compiled_patterns(name: str, patterns: str | Sequence[str]) -> list[re.Patte
 def _may_match(pattern: re.Pattern[str], key: str, per_layer: bool) -> bool:
     if not per_layer:
         return pattern.fullmatch(key) is not None
-    # which layers there are is not known yet
-    return pattern.fullmatch(f"{key}/layer") is not None or pattern.pattern.startswith(f"{key}/")
+    # which layers there are is not known yet: what stands before the last slash must match the key
+    start, _, _ = pattern.pattern.rpartition("/")
+    return pattern.fullmatch(f"{key}/layer") is not None or re.fullmatch(start, key) is not None
 
 
 def _mean(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:

@@ -10,14 +10,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_dynamics import _compat
 from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.probe import ProbeData
 from lightning_dynamics.linalg import SymmetricOperator
-from lightning_dynamics.objective import HessianOperator, Kind, symmetry_defect
+from lightning_dynamics.objective import HessianOperator, Kind, select_parameters, symmetry_defect
 
 _PRODUCT = 2.3  # gradients per Hessian product, for the default cadence
 _READABLE = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
@@ -35,6 +36,15 @@ def default_cadence(trainer: Trainer, monitor: DynamicsMonitor, data: ProbeData,
     least = products * monitor.options.noise_draws * _PRODUCT * max(1, batches) / per_batch / budget
     power = 10 ** math.floor(math.log10(least)) if least >= 10 else 1
     return next(math.ceil(m * power) for m in _READABLE if m * power >= least)
+
+
+def measured_parameters(module: LightningModule, monitor: DynamicsMonitor) -> dict[str, nn.Parameter]:
+    """What a monitor will measure, as far as it is known before the first batch: none where that is a mistake."""
+    try:
+        chosen = select_parameters(module, monitor.options.parameters)
+    except ValueError:  # the preflight says what is wrong
+        return {}
+    return {name: parameter for name, parameter in chosen.items() if not is_lazy(parameter)}
 
 
 class AsymmetryError(ValueError):

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import Any, Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.cadence import Cadence, check_flag, check_number, check_positive_integer
@@ -25,7 +24,15 @@ from lightning_dynamics.callbacks.lightning_objective import LossFn, ObjectiveOp
 from lightning_dynamics.callbacks.measured import Measured, Point
 from lightning_dynamics.callbacks.probe import Probe
 from lightning_dynamics.callbacks.ranks import Interrupted
-from lightning_dynamics.linalg import CongruentOperator, ExtremalEigenpairs, SymmetricOperator, eigenpairs, most_rows
+from lightning_dynamics.linalg import (
+    CongruentOperator,
+    Eigenpairs,
+    ExtremalEigenpairs,
+    SymmetricOperator,
+    eigenpairs,
+    most_rows,
+)
+from lightning_dynamics.linalg.basis import inner
 from lightning_dynamics.metrics import StabilityRule
 from lightning_dynamics.objective import Engine, HessianOperator, Kind, Layout, OutputFn, ParameterFilter, Part
 from lightning_dynamics.objective.memory import double_precision
@@ -36,6 +43,9 @@ _BIAS_EVERY = 10  # measurements between estimates of the probe's bias
 _AUDIT_SLOWLY = 100  # measurements between comparisons with double precision on devices that are slow at it
 _AUDITED = 4  # top eigenvectors that are multiplied in double precision
 _VECTORS = 1e-4  # tolerance of eigenvalues at which their vectors are good enough to be compared
+_SAME_LOSS = 0.05  # relative difference that rounding to bfloat16 makes in a loss; a fiftieth of it to float32
+_LOSS_ROUNDING = 1e-6  # absolute difference: losses of networks that are certain of everything
+_RATE_ROUNDING = 1e-5  # relative rounding of a third derivative
 _SAME_RATE = 0.05  # relative difference of two third derivatives that rounding may explain
 
 Matrix = Literal["hessian", "preconditioned", "gauss_newton", "residual", "fisher", "empirical_fisher"]
@@ -53,7 +63,7 @@ class HessianMonitor(DynamicsMonitor):
         top_k: Number of largest eigenvalues, at least 1.
         bottom_k: Number of smallest eigenvalues.
         every_n_train_steps: Steps between points. By default as often as costs at most 10 % of training (15 % where no
-            whole spectrum is measured), counted in gradients; the number chosen is printed.
+            whole spectrum is measured by itself), counted in gradients; the number chosen is printed.
         every_n_epochs: Epochs between points, instead of steps.
         log_spaced: Ten points per decade of steps; with ``every_n_train_steps`` only until the spacing has grown to it.
         pair: Measure two consecutive steps for each point and log their mean. At the edge sharpness alternates from
@@ -62,7 +72,8 @@ class HessianMonitor(DynamicsMonitor):
         operator: Which matrix: ``"hessian"``; ``"preconditioned"``, C^½(H + W)C^½ with the optimizers' effective steps
             C and coupled weight decay W, half of whose largest eigenvalue is the edge ratio; ``"gauss_newton"``;
             ``"residual"``, the Hessian minus Gauss-Newton; ``"fisher"``; ``"empirical_fisher"``. See :data:`Kind`. Its
-            name is the first part of the keys. Several of these in one Trainer share their evaluations.
+            name is the first part of the keys. Several of these in one Trainer share their evaluations if they agree
+            in all options that say what is measured on what, ``output_fn`` included.
         output_fn: Where the network's outputs are, for Gauss-Newton and Fisher matrices: the name of the submodule that
             returns them, or a function of module and batch, see :data:`OutputFn`.
         sharpening_rate: Also measure the rate -∇λ₁·∇L at which gradient flow changes the sharpness, by third
@@ -154,6 +165,7 @@ class HessianMonitor(DynamicsMonitor):
         self.operator = operator
         self.sharpening_rate = sharpening_rate
         self.spectrum = (Spectrum() if spectrum else None) if isinstance(spectrum, bool) else spectrum
+        self._table = hessian_table(top_k, bottom_k, operator, name)
         super().__init__(
             Cadence(every_n_train_steps, every_n_epochs, log_spaced),
             ObjectiveOptions(
@@ -173,7 +185,6 @@ class HessianMonitor(DynamicsMonitor):
             monitor=monitor,
             name=name,
         )
-        self._table = hessian_table(top_k, bottom_k, operator, name)
 
     @property
     def table(self) -> QuantityTable:
@@ -191,13 +202,22 @@ class HessianMonitor(DynamicsMonitor):
         first, second = 4 + 4 * pairs, 3 + pairs
         check, graph = 8 / _CHECK_EVERY, 1.3
         audit = 2 * (1.3 + min(self.top_k, _AUDITED) + min(self.bottom_k, 1)) / _CHECK_EVERY
-        return first + graph + check + audit + (second + graph if self.pair else 0)
+        rate = 6 if self.sharpening_rate else 0  # three third derivatives
+        once = first + graph + check + audit + rate
+        return self._dearness * (once + (second + graph + rate if self.pair else 0))
 
-    @property
-    def products_in_detail(self) -> float:  # type: ignore[override]
+    def products_in_detail(self, layout: Layout) -> float:
         if self.spectrum is None:
             return 0.0
-        return self.spectrum.products + 24 + 8 * (self.top_k + self.bottom_k)
+        whole = self.spectrum.products + 24 + 8 * (self.top_k + self.bottom_k)
+        sizes = [stop - start for start, stop in layout.blocks().values()]
+        layers = (self.spectrum.products + 20) * len(sizes) if self.spectrum.per_layer else 0
+        return self._dearness * (whole + layers + sum(min(self.spectrum.diagonal, size) for size in sizes))
+
+    @property
+    def _dearness(self) -> int:
+        """Products that one with the matrix takes."""
+        return 2 if self.operator == "residual" else 1
 
     @property
     def vectors_held(self) -> int:  # type: ignore[override]
@@ -231,7 +251,8 @@ class HessianMonitor(DynamicsMonitor):
                 f"`top_k` ({self.top_k}) and `bottom_k` ({self.bottom_k}) ask for more eigenvalues than there are "
                 f"measured parameters ({hessian.size})."
             )
-        layer_keys(hessian.blocks())
+        if self.spectrum is not None and (self.spectrum.per_layer or self.spectrum.diagonal):
+            layer_keys(hessian.layout.blocks())
 
     def measure(self, point: Point) -> Measured:
         hessian = point.hessian
@@ -258,18 +279,20 @@ class HessianMonitor(DynamicsMonitor):
         if self._is_hessian:
             self._compare_with_the_edge(point, found, into)
             if self.sharpening_rate:
-                _enter_sharpening_rate(hessian, found.top.vectors[0], into)
+                _enter_sharpening_rate(hessian, found.top, into)
             if point.has_halves and point.count % _BIAS_EVERY == 0:
                 into.values["probe_bias"] = self._probe_bias(point, found, into)
         if point.in_detail and self.spectrum is not None:
-            decay = 0.0 if point.rule.scalar is None else point.rule.scalar[1]
-            measure_overlap(found, self.top_k, point.step, point.memory, into)
+            decays = set(point.rule.shifts.values())
+            # what is preconditioned contains the decay, and has another unit
+            decay = decays.pop() if len(decays) == 1 and self.operator != "preconditioned" else 0.0
             measure_spectrum(operator, found, self.spectrum, decay, point.generator, into)
             if self.spectrum.per_layer or self.spectrum.diagonal:
-                blocks = hessian.blocks()
+                blocks = hessian.layout.blocks()
                 keys = layer_keys(blocks)
                 ranges = {keys[layer]: place for layer, place in blocks.items()}
                 measure_layers(operator, ranges, self.spectrum, self.tolerance, point.generator, into)
+            measure_overlap(found, self.top_k, point.step, point.memory, into)
         measured = self._keyed(into)
         if not self.audits(point.count, measured):
             return self._enlarged(measured, point.memory.get("rounding"))
@@ -292,19 +315,28 @@ class HessianMonitor(DynamicsMonitor):
         self, measured: Measured, rule: StabilityRule, memory: dict[str, Any], hessian: HessianOperator
     ) -> Measured:
         """What rounding does to the matrix: ‖(A₆₄ - A)v‖ for the outermost eigenvectors, relative to λ₁."""
+        leading = memory.pop("leading")
+        loss = measured.scalars[f"{self.table.family}/probe_loss"]
+        same = _SAME_LOSS if self.options.precision == "same" else _SAME_LOSS / 50
+        if not abs(hessian.loss - loss) <= same * max(abs(loss), abs(hessian.loss)) + _LOSS_ROUNDING:
+            raise ValueError("the step draws other noise in double precision")
         operator = self._matrix(hessian, rule)
         assert operator is not None, "there was one in single precision"
         worst = 0.0
-        leading = memory.pop("leading")
         for vector, value, residual in leading:
             exact = vector.to(operator.dtype)
             exact /= exact.norm()
             image = operator(exact)
             # what was left of the residual in single precision is not rounding
             worst = max(worst, float((image - value * exact).norm()) - residual, abs(float(exact.dot(image)) - value))
-        memory["rounding"] = worst / max(abs(leading[0][1]), 1e-300)
+        memory["rounding"] = worst / max(measured.notes["norm"], 1e-300)
         measured.notes["products"] += len(leading)
         return self._enlarged(measured, memory["rounding"])
+
+    def unaudited(self, measured: Measured, memory: dict[str, Any], reason: str) -> Measured:
+        memory.pop("leading", None)
+        older = self._enlarged(measured, memory.get("rounding"))
+        return replace(older, notes={**older.notes, "rounding": f"not known: {reason}"})
 
     def _enlarged(self, measured: Measured, rounding: float | None) -> Measured:
         """The same with errors that contain a relative rounding of the matrix, where it is known."""
@@ -313,14 +345,14 @@ class HessianMonitor(DynamicsMonitor):
             return measured
         if rounding is None:
             return replace(measured, notes={**measured.notes, "rounding": "not known"})
-        margin = rounding * abs(measured.scalars[f"{family}/top_1"])
+        margin = rounding * measured.notes["norm"]
         errors = dict(measured.errors)
         for key in errors:
-            if key.startswith((f"{family}/top_", f"{family}/bottom_")):
+            if key.startswith((f"{family}/top_", f"{family}/bottom_", f"{family}/block_top_")):
                 errors[key] += margin
-        ratio = f"{family}/edge_ratio"
+        ratio, top = f"{family}/edge_ratio", abs(measured.scalars[f"{family}/top_1"])
         if ratio in errors:
-            errors[ratio] += rounding * abs(measured.scalars[ratio])
+            errors[ratio] += margin * abs(measured.scalars[ratio]) / max(top, 1e-300)
         notes = {**measured.notes, "rounding": rounding}
         if "completeness" in notes:
             limits = notes["completeness"]
@@ -386,7 +418,7 @@ class HessianMonitor(DynamicsMonitor):
         for end, kind, count in ((found.top, "top", self.top_k), (found.bottom, "bottom", self.bottom_k)):
             for i in range(count):
                 into.enter(f"{kind}_{i + 1}", float(end.values[i]), float(end.bounds[i]))
-        into.notes["converged"] = found.converged
+        into.notes["converged"], into.notes["norm"] = found.converged, found.norm
         if found.top.limits is not None:
             into.notes["completeness"] = {
                 "confidence": found.top.confidence,
@@ -400,8 +432,9 @@ class HessianMonitor(DynamicsMonitor):
         norm = float(gradient.norm())
         if norm > 0:
             share = min(1.0, (float(along.norm()) / norm) ** 2)
-            # two subspaces at an angle differ in any vector's share by at most its sine
-            into.enter("gradient_in_top_k", share, min(1.0, found.top.subspace_error(self.top_k)))
+            # two subspaces at an angle differ in any vector's share by at most its sine, if none was missed
+            checked = found.top.limits is not None
+            into.enter("gradient_in_top_k", share, min(1.0, found.top.subspace_error(self.top_k)) if checked else None)
 
     def _compare_with_the_edge(self, point: Point, found: ExtremalEigenpairs, into: Findings) -> None:
         if point.rule.unavailable is not None:
@@ -477,27 +510,31 @@ def _check_operator(operator: str, output_fn: OutputFn | None) -> None:
         )
 
 
-def _enter_sharpening_rate(hessian: HessianOperator, vector: Tensor, into: Findings) -> None:
+def _enter_sharpening_rate(hessian: HessianOperator, top: Eigenpairs, into: Findings) -> None:
     """-∇λ₁·∇L: how fast gradient flow sharpens. Twice, by a third derivative and by polarization of another."""
+    vector = top.vectors[0]
     gradient, norm = hessian.gradient, float(hessian.gradient.norm())
     if norm == 0:
         into.enter("sharpening_rate", 0.0, 0.0)
         return
     unit = gradient / norm
     try:
-        rate = -float(hessian.slope(vector).double().dot(unit.double())) * norm
+        rate = -inner(hessian.slope(vector), unit) * norm
         difference = hessian.slope(vector + unit) - hessian.slope(vector - unit)
     except Interrupted:
         raise
     except RuntimeError as error:  # batch norm has no third derivative in PyTorch: the point stands without it
         into.notes["no_sharpening_rate"] = str(error).partition("\n")[0]
         return
-    other = -float(difference.double().dot(vector.double())) / 4 * norm
+    other = -inner(difference, vector) / 4 * norm
     into.products += 3
     if abs(rate - other) > _SAME_RATE * max(abs(rate), abs(other)):
         into.notes["no_sharpening_rate"] = f"the third derivative is not symmetric ({rate:.4g} against {other:.4g})"
         return
-    into.enter("sharpening_rate", rate, abs(rate - other))
+    # T(v, v, g) changes by 2 T(δv, v, g) with the vector, and T(v, g, ·) is at hand
+    turned = float(difference.norm()) / 4 * norm
+    angle = min(1.0, top.subspace_error(1))
+    into.enter("sharpening_rate", rate, abs(rate - other) + (2 * angle + _RATE_ROUNDING) * turned)
 
 
 def _forget_if_changed(memory: dict[str, Any], layout: Layout) -> None:

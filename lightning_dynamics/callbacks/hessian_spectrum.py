@@ -228,7 +228,9 @@ def measure_layers(
                 generator=generator,
             )
             into.products += found.products + density.products
-            into.enter(f"block_top_1/{layer}", float(found.top.values[0]), float(found.top.bounds[0]))
+            value, limits = float(found.top.values[0]), found.top.limits
+            beyond = 0.0 if limits is None else float(limits[0]) - value
+            into.enter(f"block_top_1/{layer}", value, max(float(found.top.bounds[0]), beyond))
             into.enter(f"block_trace/{layer}", density.trace.value, density.trace.error)
             nodes, shares = density.points()
             into.arrays[f"block_density_nodes/{layer}"] = nodes.tolist()

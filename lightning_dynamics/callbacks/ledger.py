@@ -138,7 +138,8 @@ class Ledger:
         notes = measured.notes if when.weights is None else {**measured.notes, "weights": when.weights}
         logged = monitor.logged(measured)
         exposed = {key: float(value) for key, value in logged.items() if math.isfinite(value)}
-        self.states[monitor.label].exposed = exposed
+        # what is measured now and then stays visible, as in Lightning's own dictionary
+        self.states[monitor.label].exposed.update(exposed)
         self._expose(monitor, exposed)
         record = Record(
             step=when.step,

@@ -96,6 +96,7 @@ def lightning_objective(
     values: Mapping[str, Tensor] | None = None,
     clones: Clones | None = None,
     least: torch.dtype | None = None,
+    matrices: int = 1,
     epoch: int | None = None,
 ) -> Objective:
     """This rank's part of an objective.
@@ -108,6 +109,7 @@ def lightning_objective(
         values: Weights and buffers to evaluate at instead of the module's own.
         clones: Cache of large private tensors.
         least: The precision to compute in at least, whatever the options say; None for what they say.
+        matrices: How many matrices will be measured, the Hessian included.
         epoch: What the step shall take for the current epoch, None for what the Trainer says.
     """
     narrow = "16" in str(trainer.precision_plugin.precision) or "transformer" in str(trainer.precision_plugin.precision)
@@ -129,6 +131,7 @@ def lightning_objective(
         dtype=dtype,
         engine=options.engine,
         output_fn=_placed(options.output_fn, step),
+        matrices=matrices,
         beside=[] if datamodule is None else [datamodule],
         keep=[part for part in step.kept() if part is not datamodule],
         replace=step.replaced(),

@@ -204,9 +204,9 @@ class Measurements:
             return results
         if measured.shared:
             # a step that keeps something in what it shares would keep it in double precision
-            for _, result in chosen:
-                result.notes["rounding"] = f"not known: the step shares {', '.join(measured.shared)} with the module"
-            return results
+            reason = f"the step shares {', '.join(measured.shared)} with the module"
+            instead = {i: self._unaudited(i, result, reason) for i, result in chosen}
+            return [instead.get(i, result) for i, result in zip(members, results, strict=True)]
         first = self._monitors[chosen[0][0]]
 
         def prepare() -> tuple[Objective, list[Task]]:
@@ -218,9 +218,12 @@ class Measurements:
         for i, result in chosen:
             if isinstance(audited[i], Failure):
                 # the values stand, and say that nothing is known of what rounding does to them
-                result.notes["rounding"] = f"not known: {audited[i].reason}"
-                audited[i] = result
+                audited[i] = self._unaudited(i, result, audited[i].reason)
         return [audited.get(i, result) for i, result in zip(members, results, strict=True)]
+
+    def _unaudited(self, index: int, measured: Measured, reason: str) -> Measured:
+        monitor = self._monitors[index]
+        return monitor.unaudited(measured, self._ledger.states[monitor.label].memory, reason)
 
     def _audit(self, index: int, measured: Measured, saved: SavedWeights | None) -> Task:
         monitor = self._monitors[index]
@@ -235,6 +238,7 @@ class Measurements:
         least: torch.dtype | None = None,
     ) -> Objective:
         passes = monitor.options.probe.current_batch
+        kinds = {kind for m in self._monitors if m.options.key == monitor.options.key for kind in m.kinds}
         return lightning_objective(
             self._trainer,
             self._module,
@@ -243,6 +247,7 @@ class Measurements:
             values=None if saved is None else saved.values,
             clones=None if least is not None else self._clones,
             least=least,
+            matrices=len(kinds | {"hessian"}),
             epoch=when.epoch if when.final or saved is not None else None,
         )
 

@@ -40,7 +40,9 @@ class MonitorState:
         Args:
             directory: Where a memory that is too large for a checkpoint, and has to last, may be written.
         """
-        tensors = [value for value in self.memory.values() if isinstance(value, Tensor)]
+        # lists hold what is handed from one half of a measurement to the other
+        memory = {key: value for key, value in self.memory.items() if not isinstance(value, list)}
+        tensors = [value for value in memory.values() if isinstance(value, Tensor)]
         small = sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= _SMALL
         pending = None
         if self.pending is not None:
@@ -54,7 +56,7 @@ class MonitorState:
             "schema": _SCHEMA,
             "every": self.every,
             "every_detail": self.every_detail,
-            "memory": dict(self.memory) if small else {},
+            "memory": memory if small else {k: v for k, v in memory.items() if not isinstance(v, Tensor)},
             "lasting": None if small else self._written(directory),
             "count": self.count,
             "pending": pending,
@@ -73,7 +75,9 @@ class MonitorState:
         try:
             if not file.exists():
                 directory.mkdir(parents=True, exist_ok=True)
-                torch.save(lasting, file)
+                part = file.with_suffix(".part")
+                torch.save(lasting, part)
+                part.replace(file)
         except Exception as error:
             warnings.warn(f"What later points are compared with cannot be kept for a resume: {error!r}.", stacklevel=2)
             return None
@@ -92,7 +96,11 @@ class MonitorState:
             )
         lasting = kept.get("lasting")
         if lasting is not None and Path(lasting).exists():
-            kept = {**kept, "memory": torch.load(lasting, weights_only=True)}
+            try:
+                more = torch.load(lasting, map_location="cpu", weights_only=True)
+                kept = {**kept, "memory": {**kept["memory"], **more}}
+            except Exception as error:
+                warnings.warn(f"What later points are compared with cannot be read: {error!r}.", stacklevel=2)
         state = cls(
             every=kept["every"],
             every_detail=kept.get("every_detail"),

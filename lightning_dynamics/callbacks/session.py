@@ -19,6 +19,7 @@ from lightning_dynamics.callbacks.checks import (
     check_strategy,
     clip_factor,
     default_cadence,
+    measured_parameters,
     takes_iterator,
 )
 from lightning_dynamics.callbacks.journal import Journal, header_of
@@ -29,6 +30,7 @@ from lightning_dynamics.callbacks.monitor_state import MonitorState
 from lightning_dynamics.callbacks.notices import Notices
 from lightning_dynamics.callbacks.probes import Probes
 from lightning_dynamics.callbacks.ranks import Ranks
+from lightning_dynamics.objective import Layout
 from lightning_dynamics.recording.record import Record
 
 _BUDGET = 0.15  # share of training that default cadences may cost together
@@ -99,7 +101,7 @@ class Session:
             trainer, module, self.monitors, self._probes, self._ledger, self._notices, self._ranks
         )
         for monitor in self.monitors:
-            self._decide_cadence(trainer, monitor)
+            self._decide_cadence(trainer, module, monitor)
             self._expose(monitor, self._ledger.states[monitor.label].exposed)
             monitor._restored = None
         self._ledger.begin()
@@ -187,18 +189,21 @@ class Session:
             self._fit.take_saved()
             self._flush(_compat.curve_step(trainer))
 
-    def _decide_cadence(self, trainer: Trainer, monitor: DynamicsMonitor) -> None:
+    def _decide_cadence(self, trainer: Trainer, module: LightningModule, monitor: DynamicsMonitor) -> None:
         """Without a cadence of the user's: as often as the budget allows, by a count of gradients, not of seconds."""
         state = self._ledger.states[monitor.label]
         data = self._probes.of(monitor)
         budget = _BUDGET / max(1, sum(m.cadence.is_open or m.has_open_detail for m in self.monitors))
+        layout = Layout.of(measured_parameters(module, monitor))
         share = 0.0
         if monitor.has_open_detail:
             share = budget * _DETAIL
-            every = default_cadence(trainer, monitor, data, monitor.products_in_detail, share)
-            # a run that cannot pay for two is not charged for one
-            pays = 2 * every <= trainer.estimated_stepping_batches
-            if state.every_detail is None:
+            # a run that could not pay may go on for longer
+            if not state.every_detail:
+                every = default_cadence(trainer, monitor, data, monitor.products_in_detail(layout), share)
+                steps = trainer.estimated_stepping_batches
+                # without a known length it is below zero; a run that cannot pay for two is not charged for one
+                pays = steps < 0 or 2 * every <= steps
                 state.every_detail = every if pays else 0
                 cost = f"costs as much as {share * every:.0f} training steps"
                 self._notices.say(
@@ -242,7 +247,7 @@ class Session:
         in_detail = monitor.detail is not None
         if monitor.has_open_detail:
             every = state.every_detail or 0
-            in_detail = every > 0 and 2 * (step % every) >= every
+            in_detail = every > 0 and (step % every == 0 or 2 * (step % every) >= every)
         return Role(True, state.second_at == step, in_detail)
 
     # Records

@@ -234,6 +234,18 @@ def test_a_loss_that_insists_on_float32_is_measured_and_its_rounding_not_known()
     assert "hessian/top_1" in monitor.history[0].scalars
 
 
+def test_noise_that_is_other_noise_in_double_precision_is_no_rounding():
+    class Noisy(Classifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.cross_entropy(self.net(x + 0.5 * torch.randn_like(x)), y)
+
+    monitor = tracked()
+    trained(monitor, Noisy())
+    assert monitor.history[0].notes["rounding"] == "not known: the step draws other noise in double precision"
+    assert "leading" not in monitor._session._ledger.states[monitor.label].memory
+
+
 def test_between_comparisons_the_last_rounding_counts():
     monitor = tracked()
     trained(monitor, learned())

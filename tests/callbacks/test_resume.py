@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lightning_dynamics import HessianMonitor, Probe, read_records
+from lightning_dynamics import HessianMonitor, Probe, Spectrum, read_records
 
 WHOLE = Probe(whole=True)
 
@@ -80,14 +80,17 @@ def _exact(tmp_path_factory):
 def test_the_curves_are_bit_for_bit_those_of_the_uninterrupted_run(tmp_path, at, same_place):
     def monitors():
         return [
-            HessianMonitor(every_n_train_steps=5, probe=WHOLE),
+            HessianMonitor(every_n_train_steps=5, probe=WHOLE, spectrum=Spectrum(5, num_vectors=2, num_steps=4)),
             HessianMonitor(every_n_train_steps=2, probe=Probe(size=10), pair=False, name="b"),
         ]
 
     whole, second, folder = interrupted(tmp_path, monitors, full_batch, at, 12, same_place=same_place)
     for one, other in zip(whole, second, strict=True):
         assert [r.step for r in one.history] == [r.step for r in other.history]
-        assert scalars(one.history) == scalars(other.history)
+        for ours, theirs in zip(one.history, other.history, strict=True):
+            for part in ("scalars", "errors", "arrays", "notes"):
+                assert getattr(ours, part) == getattr(theirs, part)
+    assert second[0].history[-1].notes["overlap"]["lag_first"] == 12
     joined = read_records(folder)
     assert sorted(map(str, scalars(joined))) == sorted(map(str, scalars(whole[0].history + whole[1].history)))
 
@@ -168,7 +171,8 @@ def test_a_large_memory_is_left_out_and_the_run_starts_cold(tmp_path, monkeypatc
     for one, other in zip(whole[0].history, second[0].history, strict=True):
         loose = 2e-2 * one.scalars["hessian/top_1"]
         for key, value in one.scalars.items():
-            error = one.errors.get(key, 0.0) + other.errors.get(key, 0.0) if key.endswith("in_top_k") else 1e-6
+            # vectors are known to the root of the tolerance of their values
+            error = 0.05 * value if key.endswith("in_top_k") else 1e-6
             assert other.scalars[key] == pytest.approx(value, rel=2e-3, abs=loose if "bottom" in key else error)
 
 
