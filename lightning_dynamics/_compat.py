@@ -107,7 +107,7 @@ def scheduler_configs_with(trainer: Trainer, stand_in: Any) -> list[Any]:
 
 def only_collects_statistics(trainer: Trainer) -> bool:
     """Whether this epoch changes no weights: stochastic weight averaging lets batch norm see the averaged ones."""
-    return bool(trainer.fit_loop._skip_backward) if hasattr(trainer.fit_loop, "_skip_backward") else False
+    return bool(trainer.fit_loop._skip_backward)
 
 
 def epoch_tracker(trainer: Trainer) -> object:

@@ -29,6 +29,7 @@ class Looks(pl.Callback):
             "scheduler_configs_with": _compat.scheduler_configs_with(trainer, lambda scheduler: "stand-in"),
             "transforming_datamodule": _compat.transforming_datamodule(trainer),
             "parts": _compat.parts(trainer),
+            "only_collects_statistics": _compat.only_collects_statistics(trainer),
             "ready_batch": _compat.ready_batch(trainer, pl_module, [batch[0].double(), "text"]),
             "is_param_in_hook_signature": _compat.is_param_in_hook_signature(pl_module.training_step, "batch_idx"),
             "attributes": [
@@ -41,6 +42,22 @@ class Looks(pl.Callback):
         }
         _compat.expose_metrics(trainer, {"exposed": 3.0})
         self.seen["expose_metrics"] = trainer.callback_metrics["exposed"]
+
+
+class Collects(pl.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(_compat.only_collects_statistics(trainer))
+
+
+def test_an_epoch_of_weight_averaging_that_only_collects_statistics_is_told():
+    looks = Collects()
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    averaging = pl.callbacks.StochasticWeightAveraging(1e-3, 1)
+    fit([averaging, looks], Regression(net, lr=1e-3), mini_batches(), max_epochs=2)
+    assert looks.seen == [False] * 6 + [True] * 3
 
 
 class Scheduled(Regression):
@@ -60,6 +77,7 @@ def test_every_private_name_does_what_is_said_of_it():
     assert seen["epoch_tracker"] == [1, 1]
     assert looks in seen["callbacks"]
     assert seen["is_trial"] is False
+    assert seen["only_collects_statistics"] is False
     assert seen["transforming_datamodule"] is None
     assert seen["training_loaders"] == [data]
     (real,), (wrapped,) = seen["optimizer_lists"]

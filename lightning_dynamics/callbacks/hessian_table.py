@@ -155,8 +155,8 @@ def _beside(matrix: str, unit: str, k: int, operator: str) -> Iterator[Quantity]
             "gradient_in_top_k",
             "‖Vᵀ∇L‖²/‖∇L‖²",
             "1",
-            f"Share of the squared gradient in the span of the top {k} eigenvectors. The bound stands where completeness "
-            "was checked.",
+            f"Share of the squared gradient in the span of the top {k} eigenvectors. The bound stands where "
+            "completeness was checked.",
             "Gur-Ari, Roberts and Dyer, arXiv 1812.04754",
             "bound",
             "Gradient in the top subspace",
