@@ -117,9 +117,10 @@ class HessianMonitor(DynamicsMonitor):
     Cost:
         With the defaults a measurement takes 20 to 30 Hessian products at first, 8 to 22 later, and about 7 at the
         second step of a pair, at 1.4 to 2.8 gradients on the probe each; and 3 gradients to build the graph. A whole
-        spectrum takes 150 to 190 products. Gauss-Newton and Fisher products cost 2 to 3 gradients, those of the
-        residual both. Memory: that graph (3 to 4 training steps on the probe, twice that with ``output_fn``), up to 64
-        vectors of the size of the parameters during a measurement, 8 between, and with spectra ``2·top_k`` more.
+        spectrum takes 150 to 190 products. Gauss-Newton and Fisher products cost 1.3 to 2.8 gradients, those of the
+        residual as much as both. Memory: that graph (3 to 4 training steps on the probe, once more for each further
+        matrix), up to 64 vectors of the size of the parameters during a measurement, 8 between, and with spectra
+        ``2·top_k`` more; where errors are compared with double precision, one graph in that.
 
     Example:
         >>> from lightning_dynamics import HessianMonitor, Probe

@@ -182,7 +182,7 @@ def test_in_the_runs_own_precision_errors_contain_the_rounding_or_the_record_say
 
 
 def test_errors_contain_the_rounding_of_float32_in_networks_that_have_learned():
-    for seed in range(4):
+    for seed in range(2):
         for steps in (200, 1000):
             monitor, module = tracked(), learned(seed, steps)
             trained(monitor, module)

@@ -75,8 +75,7 @@ def _exact(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("_exact")
-@pytest.mark.parametrize("same_place", [True, False])
-@pytest.mark.parametrize("at", [4, 5, 6])  # before, within and after a pair
+@pytest.mark.parametrize(("at", "same_place"), [(4, False), (5, True), (5, False), (6, True)])  # around a pair
 def test_the_curves_are_bit_for_bit_those_of_the_uninterrupted_run(tmp_path, at, same_place):
     def monitors():
         return [
@@ -248,7 +247,7 @@ def test_the_tuner_goes_around_a_monitor(tmp_path):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_the_history_of_a_fit_in_other_processes_is_read_from_its_file(method):
     monitor = HessianMonitor(every_n_train_steps=1, probe=WHOLE, pair=False)
     fit(monitor, network(), devices=2, strategy=DDPStrategy(start_method=method), use_distributed_sampler=False)

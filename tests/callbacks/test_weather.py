@@ -277,6 +277,15 @@ def test_a_handler_that_saves_during_a_measurement_saves_the_real_run(tmp_path, 
     assert [r.step for r in monitor.history] == ([0, 1] if name == "SIGTERM" else [0, 1, 3, 4, 5])
 
 
+@pytest.fixture
+def _interruptible():
+    """Shells start what they put into the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_during_a_measurement_ends_the_fit_with_the_real_weights():
     """Ctrl+C arrives as the default handler's KeyboardInterrupt, after the originals are back."""
     seen = []
