@@ -11,9 +11,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.cadence import Cadence, check_flag, check_number, check_positive_integer
+from lightning_dynamics.callbacks.hessian_findings import Findings, enlarged, measure_sharpening_rate, rounding_of
 from lightning_dynamics.callbacks.hessian_spectrum import (
     DETAIL,
-    Findings,
     Spectrum,
     measure_layers,
     measure_overlap,
@@ -23,16 +23,13 @@ from lightning_dynamics.callbacks.hessian_table import hessian_table
 from lightning_dynamics.callbacks.lightning_objective import LossFn, ObjectiveOptions, WeightFn
 from lightning_dynamics.callbacks.measured import Measured, Point
 from lightning_dynamics.callbacks.probe import Probe
-from lightning_dynamics.callbacks.ranks import Interrupted
 from lightning_dynamics.linalg import (
     CongruentOperator,
-    Eigenpairs,
     ExtremalEigenpairs,
     SymmetricOperator,
     eigenpairs,
     most_rows,
 )
-from lightning_dynamics.linalg.basis import inner
 from lightning_dynamics.metrics import StabilityRule
 from lightning_dynamics.objective import Engine, HessianOperator, Kind, Layout, OutputFn, ParameterFilter, Part
 from lightning_dynamics.objective.memory import double_precision
@@ -45,8 +42,6 @@ _AUDITED = 4  # top eigenvectors that are multiplied in double precision
 _VECTORS = 1e-4  # tolerance of eigenvalues at which their vectors are good enough to be compared
 _SAME_LOSS = 0.05  # relative difference that rounding to bfloat16 makes in a loss; a fiftieth of it to float32
 _LOSS_ROUNDING = 1e-6  # absolute difference: losses of networks that are certain of everything
-_RATE_ROUNDING = 1e-5  # relative rounding of a third derivative
-_SAME_RATE = 0.05  # relative difference of two third derivatives that rounding may explain
 
 Matrix = Literal["hessian", "preconditioned", "gauss_newton", "residual", "fisher", "empirical_fisher"]
 """The matrices that a :class:`HessianMonitor` can measure: those of :data:`Kind`, and the preconditioned Hessian."""
@@ -280,7 +275,7 @@ class HessianMonitor(DynamicsMonitor):
         if self._is_hessian:
             self._compare_with_the_edge(point, found, into)
             if self.sharpening_rate:
-                _enter_sharpening_rate(hessian, found.top, into)
+                measure_sharpening_rate(hessian, found.top, into)
             if point.has_halves and point.count % _BIAS_EVERY == 0:
                 into.values["probe_bias"] = self._probe_bias(point, found, into)
         if point.in_detail and self.spectrum is not None:
@@ -296,7 +291,7 @@ class HessianMonitor(DynamicsMonitor):
             measure_overlap(found, self.top_k, point.step, point.memory, into)
         measured = self._keyed(into)
         if not self.audits(point.count, measured):
-            return self._enlarged(measured, point.memory.get("rounding"))
+            return enlarged(measured, self.table.family, point.memory.get("rounding"))
         ends = [(found.top, min(self.top_k, _AUDITED)), (found.bottom, min(self.bottom_k, 1))]
         point.memory["leading"] = [
             (end.vectors[i].clone(), float(end.values[i]), float(end.residuals[i]))
@@ -315,7 +310,7 @@ class HessianMonitor(DynamicsMonitor):
     def audit(
         self, measured: Measured, rule: StabilityRule, memory: dict[str, Any], hessian: HessianOperator
     ) -> Measured:
-        """What rounding does to the matrix: ‖(A₆₄ - A)v‖ for the outermost eigenvectors, relative to λ₁."""
+        """What rounding does to the matrix: ‖(A₆₄ - A)v‖ for the outermost eigenvectors, relative to ‖A‖."""
         leading = memory.pop("leading")
         loss = measured.scalars[f"{self.table.family}/probe_loss"]
         same = _SAME_LOSS if self.options.precision == "same" else _SAME_LOSS / 50
@@ -323,46 +318,14 @@ class HessianMonitor(DynamicsMonitor):
             raise ValueError("the step draws other noise in double precision")
         operator = self._matrix(hessian, rule)
         assert operator is not None, "there was one in single precision"
-        worst = 0.0
-        for vector, value, residual in leading:
-            exact = vector.to(operator.dtype)
-            exact /= exact.norm()
-            image = operator(exact)
-            # what was left of the residual in single precision is not rounding
-            worst = max(worst, float((image - value * exact).norm()) - residual, abs(float(exact.dot(image)) - value))
-        memory["rounding"] = worst / max(measured.notes["norm"], 1e-300)
+        memory["rounding"] = rounding_of(operator, leading) / max(measured.notes["norm"], 1e-300)
         measured.notes["products"] += len(leading)
-        return self._enlarged(measured, memory["rounding"])
+        return enlarged(measured, self.table.family, memory["rounding"])
 
     def unaudited(self, measured: Measured, memory: dict[str, Any], reason: str) -> Measured:
         memory.pop("leading", None)
-        older = self._enlarged(measured, memory.get("rounding"))
+        older = enlarged(measured, self.table.family, memory.get("rounding"))
         return replace(older, notes={**older.notes, "rounding": f"not known: {reason}"})
-
-    def _enlarged(self, measured: Measured, rounding: float | None) -> Measured:
-        """The same with errors that contain a relative rounding of the matrix, where it is known."""
-        family = self.table.family
-        if f"{family}/top_1" not in measured.scalars or measured.notes["dtype"] == "float64":
-            return measured
-        if rounding is None:
-            return replace(measured, notes={**measured.notes, "rounding": "not known"})
-        margin = rounding * measured.notes["norm"]
-        errors = dict(measured.errors)
-        for key in errors:
-            if key.startswith((f"{family}/top_", f"{family}/bottom_", f"{family}/block_top_")):
-                errors[key] += margin
-        ratio, top = f"{family}/edge_ratio", abs(measured.scalars[f"{family}/top_1"])
-        if ratio in errors:
-            errors[ratio] += margin * abs(measured.scalars[ratio]) / max(top, 1e-300)
-        notes = {**measured.notes, "rounding": rounding}
-        if "completeness" in notes:
-            limits = notes["completeness"]
-            notes["completeness"] = {
-                **limits,
-                "top_at_most": [limit + margin for limit in limits["top_at_most"]],
-                "bottom_at_least": [limit - margin for limit in limits["bottom_at_least"]],
-            }
-        return replace(measured, errors=errors, notes=notes)
 
     def combine(self, first: Measured, second: Measured) -> Measured:
         # what is measured in detail belongs to the first step, whatever is due at the second
@@ -509,33 +472,6 @@ def _check_operator(operator: str, output_fn: OutputFn | None) -> None:
             f"`operator={operator!r}` needs a function as `output_fn=`, since a module's name gives no "
             f"{'likelihood' if operator == 'fisher' else 'losses of single samples'}."
         )
-
-
-def _enter_sharpening_rate(hessian: HessianOperator, top: Eigenpairs, into: Findings) -> None:
-    """-∇λ₁·∇L: how fast gradient flow sharpens. Twice, by a third derivative and by polarization of another."""
-    vector = top.vectors[0]
-    gradient, norm = hessian.gradient, float(hessian.gradient.norm())
-    if norm == 0:
-        into.enter("sharpening_rate", 0.0, 0.0)
-        return
-    unit = gradient / norm
-    try:
-        rate = -inner(hessian.slope(vector), unit) * norm
-        difference = hessian.slope(vector + unit) - hessian.slope(vector - unit)
-    except Interrupted:
-        raise
-    except RuntimeError as error:  # batch norm has no third derivative in PyTorch: the point stands without it
-        into.notes["no_sharpening_rate"] = str(error).partition("\n")[0]
-        return
-    other = -inner(difference, vector) / 4 * norm
-    into.products += 3
-    if abs(rate - other) > _SAME_RATE * max(abs(rate), abs(other)):
-        into.notes["no_sharpening_rate"] = f"the third derivative is not symmetric ({rate:.4g} against {other:.4g})"
-        return
-    # T(v, v, g) changes by 2 T(δv, v, g) with the vector, and T(v, g, ·) is at hand
-    turned = float(difference.norm()) / 4 * norm
-    angle = min(1.0, top.subspace_error(1))
-    into.enter("sharpening_rate", rate, abs(rate - other) + (2 * angle + _RATE_ROUNDING) * turned)
 
 
 def _forget_if_changed(memory: dict[str, Any], layout: Layout) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dynamics.callbacks.cadence import Cadence, check_flag, check_number, check_positive_integer
+from lightning_dynamics.callbacks.hessian_findings import Findings
 from lightning_dynamics.linalg import (
     BlockOperator,
     ExtremalEigenpairs,
@@ -85,22 +86,6 @@ class Spectrum:
     def products(self) -> int:
         """Products of the quadrature."""
         return self.num_vectors * self.num_steps
-
-
-@dataclass
-class Findings:
-    """Numbers by key without the family, as they come together."""
-
-    values: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    arrays: dict[str, list[float]] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-    products: int = 0
-
-    def enter(self, key: str, value: float, error: float | None = None) -> None:
-        self.values[key] = value
-        if error is not None:
-            self.errors[key] = error
 
 
 def measure_spectrum(

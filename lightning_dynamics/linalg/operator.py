@@ -10,29 +10,6 @@ from torch import Tensor
 
 
 @runtime_checkable
-class SymmetricOperator(Protocol):
-    """A symmetric linear map A of ℝⁿ into itself, known only by its products.
-
-    Attributes:
-        size: The dimension n.
-        dtype: Floating type of the vectors that it takes and returns.
-        device: Device of those vectors.
-    """
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Return A·v, shape ``(size,)``; ``vector`` is left as it was."""
-        ...
-
-
 class Space(Protocol):
     """Where vectors live: what an operator has besides its product."""
 
@@ -44,6 +21,21 @@ class Space(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+
+@runtime_checkable
+class SymmetricOperator(Space, Protocol):
+    """A symmetric linear map A of ℝⁿ into itself, known only by its products.
+
+    Attributes:
+        size: The dimension n.
+        dtype: Floating type of the vectors that it takes and returns.
+        device: Device of those vectors.
+    """
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Return A·v, shape ``(size,)``; ``vector`` is left as it was."""
+        ...
 
 
 class OnSpaceOf:

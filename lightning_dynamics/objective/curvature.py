@@ -12,28 +12,19 @@ from torch import Tensor
 
 from lightning_dynamics.linalg.basis import inner
 from lightning_dynamics.linalg.krylov import random_vector
-from lightning_dynamics.linalg.operator import OnSpaceOf, SymmetricOperator
+from lightning_dynamics.linalg.operator import OnSpaceOf, Space, SymmetricOperator
 from lightning_dynamics.objective.linearization import Part, Sum
 from lightning_dynamics.objective.loss import Objective
 from lightning_dynamics.objective.outputs import Kind
 from lightning_dynamics.objective.parameters import Layout
 
 
-class Evaluation(Protocol):
+class Evaluation(Space, Protocol):
     """A :class:`Linearization`, or what stands for one over several processes."""
 
     layout: Layout
     weights: dict[Part, float]
     reached: bool
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
 
     @property
     def is_kept(self) -> bool: ...
