@@ -251,3 +251,21 @@ def test_between_comparisons_the_last_rounding_counts():
     trained(monitor, learned())
     first, second = (record.notes["rounding"] for record in monitor.history[:2])
     assert first == second > 0
+
+
+def test_a_step_that_shares_what_it_could_write_to_is_not_run_in_double_precision():
+    seen = []
+
+    class Holds(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.replay = TensorDataset(torch.zeros(1))  # data sets are shared, not copied
+
+        def training_step(self, batch, batch_idx):
+            seen.append(batch[0].dtype)
+            return super().training_step(batch, batch_idx)
+
+    monitor = tracked()
+    trained(monitor, Holds())
+    assert "shares" in monitor.history[0].notes["rounding"]
+    assert torch.float64 not in seen

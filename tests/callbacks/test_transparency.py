@@ -401,6 +401,35 @@ def test_a_run_of_another_kind_with_all_monitors_is_the_run_without(tmp_path, na
                 assert math.isfinite(value) or "/median_ratio" in key
 
 
+def likelihood(module, batch):
+    x, _, _ = batch
+    return module.head(module.net(x)), lambda z: torch.distributions.Categorical(logits=z)
+
+
+def losses(module, batch):
+    x, y, _ = batch
+    return module.head(module.net(x)), lambda z: F.cross_entropy(z, y, reduction="none")
+
+
+def test_a_run_with_other_matrices_is_the_run_without(tmp_path):
+    rare = lightning_dynamics.Spectrum(4, num_vectors=2, num_steps=2)
+    options = {"every_n_train_steps": 2, "probe": Probe(size=24), "spectrum": rare}
+    monitors = [
+        lightning_dynamics.HessianMonitor(operator=operator, output_fn=where, **options)
+        for operator, where in (
+            ("preconditioned", None),
+            ("gauss_newton", "head"),
+            ("residual", "head"),
+            ("fisher", likelihood),
+            ("empirical_fisher", losses),
+        )
+    ]
+    without, with_monitors = trained(tmp_path / "a", [])[0], trained(tmp_path / "b", monitors)[0]
+    assert same(without, with_monitors) == []
+    for monitor in monitors:
+        assert any(f"{monitor.table.family}/trace" in record.scalars for record in monitor.history)
+
+
 @pytest.mark.parametrize("at", ["end of an epoch", "middle of an epoch"])
 def test_a_resumed_run_with_all_monitors_is_the_resumed_run_without(tmp_path, at):
     without = resumed(tmp_path / "without", list, at)
