@@ -44,12 +44,6 @@ class DynamicsMonitor(Callback):
         name: Tells apart two monitors of a kind; it becomes part of the keys.
     """
 
-    kinds: frozenset[Kind] = frozenset({"hessian"})
-    """The curvature matrices whose products are taken: each is tested before the first step."""
-
-    vectors_held = 0
-    """Vectors of the size of the parameters that a measurement holds at most, besides the gradient graphs."""
-
     detail_name = "in detail"
     """What is measured in detail, in words."""
 
@@ -119,6 +113,16 @@ class DynamicsMonitor(Callback):
     def products_per_point(self) -> float:
         """Hessian products that one point costs, pair and graphs included, when points are far apart."""
 
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The curvature matrices whose products are taken: each is tested before the first step."""
+        return frozenset({"hessian"})
+
+    @property
+    def vectors_held(self) -> int:
+        """Vectors of the size of the parameters that a measurement holds at most, besides the gradient graphs."""
+        return 0
+
     def products_in_detail(self, layout: Layout) -> float:
         """Products that a measurement in detail costs beyond a point, with parameters laid out like this."""
         return 0.0
@@ -129,9 +133,11 @@ class DynamicsMonitor(Callback):
 
     def combine(self, first: Measured, second: Measured) -> Measured:
         """Make one measurement out of those at two consecutive steps; by default the mean of each value."""
+        # of a mean nothing is known where nothing is known of one of the two
+        known = {k: v for k, v in first.errors.items() if k in second.errors or k not in second.scalars}
         return Measured(
             scalars=_mean(first.scalars, second.scalars),
-            errors=_mean(first.errors, {k: v for k, v in second.errors.items() if k in second.scalars}),
+            errors=_mean(known, {k: v for k, v in second.errors.items() if k in second.scalars}),
             arrays=first.arrays,
             notes=dict(first.notes),
         )

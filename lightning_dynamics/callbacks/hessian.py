@@ -187,7 +187,7 @@ class HessianMonitor(DynamicsMonitor):
         return self._table
 
     @property
-    def kinds(self) -> frozenset[Kind]:  # type: ignore[override]
+    def kinds(self) -> frozenset[Kind]:
         wanted: set[Kind] = {"hessian"} if self._is_hessian or self.operator == "preconditioned" else {self.operator}
         return frozenset(wanted)
 
@@ -216,7 +216,7 @@ class HessianMonitor(DynamicsMonitor):
         return 2 if self.operator == "residual" else 1
 
     @property
-    def vectors_held(self) -> int:  # type: ignore[override]
+    def vectors_held(self) -> int:
         # the solver's basis, its results, what is kept from one measurement to the next
         return most_rows(self.top_k + 1, self.bottom_k) + 4 * (self.top_k + self.bottom_k)
 

@@ -156,7 +156,7 @@ def _beside(matrix: str, unit: str, k: int, operator: str) -> Iterator[Quantity]
             "‖Vᵀ∇L‖²/‖∇L‖²",
             "1",
             f"Share of the squared gradient in the span of the top {k} eigenvectors. The bound stands where "
-            "completeness was checked.",
+            "completeness was checked, at both steps of a pair.",
             "Gur-Ari, Roberts and Dyer, arXiv 1812.04754",
             "bound",
             "Gradient in the top subspace",
