@@ -8,7 +8,7 @@ from helpers.fit import fit, full_batch, mini_batches
 from helpers.modules import Regression
 from torch import nn
 
-from lightning_dynamics import HessianMonitor, Probe
+from lightning_dynamics import HessianMonitor, Probe, Spectrum
 from lightning_dynamics.objective.loss import Linearization, Objective
 
 GRADIENTS_PER_PRODUCT = 2.3
@@ -65,9 +65,12 @@ def test_two_monitors_on_the_same_data_share_the_graph(counted):
     assert counted["losses"] == 1 + 4 * 3 + 3
 
 
-@pytest.mark.parametrize("pair", [True, False])
-def test_the_notes_say_how_many_products_a_point_took(counted, pair):
-    monitor = HessianMonitor(2, 1, every_n_train_steps=3, probe=Probe(whole=True), pair=pair)
+EVERYTHING = {"spectrum": Spectrum(3, num_vectors=2, num_steps=3, per_layer=True, diagonal=2), "sharpening_rate": True}
+
+
+@pytest.mark.parametrize(("pair", "options"), [(True, {}), (False, {}), (True, EVERYTHING)])
+def test_the_notes_say_how_many_products_a_point_took(counted, pair, options):
+    monitor = HessianMonitor(2, 1, every_n_train_steps=3, probe=Probe(whole=True), pair=pair, **options)
     fit(monitor, network(), mini_batches(24, 24), max_epochs=5)
     preflight = 2
     assert counted["products"] == preflight + sum(r.notes["products"] for r in monitor.history)
