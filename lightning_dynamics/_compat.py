@@ -30,6 +30,7 @@ __all__ = [
     "scheduler_configs_with",
     "training_loaders",
     "transforming_datamodule",
+    "validation_loaders",
 ]
 
 LOGGERS = "_loggers"
@@ -91,6 +92,12 @@ def is_trial(trainer: Trainer) -> bool:
 def training_loaders(trainer: Trainer) -> list[Any]:
     """The training loaders as Lightning iterates them, flattened."""
     combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """The validation loaders as Lightning iterates them, flattened; none before they are set up."""
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     return [] if combined is None else list(combined.flattened)
 
 

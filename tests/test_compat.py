@@ -25,6 +25,7 @@ class Looks(pl.Callback):
             "callbacks": _compat.callbacks(trainer),
             "is_trial": _compat.is_trial(trainer),
             "training_loaders": _compat.training_loaders(trainer),
+            "validation_loaders": _compat.validation_loaders(trainer),
             "optimizer_lists": _compat.optimizer_lists(trainer),
             "scheduler_configs_with": _compat.scheduler_configs_with(trainer, lambda scheduler: "stand-in"),
             "transforming_datamodule": _compat.transforming_datamodule(trainer),

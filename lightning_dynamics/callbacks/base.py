@@ -8,30 +8,33 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_dynamics.callbacks.cadence import Cadence, check_flag
-from lightning_dynamics.callbacks.lightning_objective import ObjectiveOptions
-from lightning_dynamics.callbacks.measured import Measured, Point
+from lightning_dynamics.callbacks.joint import RankPart
+from lightning_dynamics.callbacks.lightning_replay import Circumstances, ReplayOptions
+from lightning_dynamics.callbacks.map_style import ProbeItem
+from lightning_dynamics.callbacks.measured import Measured, Point, Subject
 from lightning_dynamics.callbacks.probe import ProbeData
 from lightning_dynamics.metrics import StabilityRule
-from lightning_dynamics.objective import HessianOperator, Kind, Layout
+from lightning_dynamics.objective.replay import Replay
 from lightning_dynamics.recording.quantity import QuantityTable
 from lightning_dynamics.recording.record import Record, new_name, read_records
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
-class DynamicsMonitor(Callback):
+class DynamicsMonitor(Callback, Generic[Subject]):
     """A callback that measures how training moves and leaves training as it was.
 
-    A subclass gives a table of quantities and :meth:`measure`, a function of a :class:`Point`; when to call it, on
-    which data, on which ranks, and what becomes of the numbers is the session's business, which all monitors of a
-    Trainer share.
+    A subclass says what it measures on (:attr:`part`, :meth:`replay`), gives a table of quantities and :meth:`measure`,
+    a function of a :class:`Point`; when to call it, on which data, on which ranks, and what becomes of the numbers is
+    the session's business, which all monitors of a Trainer share.
 
     Args:
         cadence: When to measure.
@@ -44,6 +47,9 @@ class DynamicsMonitor(Callback):
         name: Tells apart two monitors of a kind; it becomes part of the keys.
     """
 
+    part: ClassVar[type[RankPart[Any]]]
+    """What a rank does when the monitor measures."""
+
     detail_name = "in detail"
     """What is measured in detail, in words."""
 
@@ -53,7 +59,7 @@ class DynamicsMonitor(Callback):
     def __init__(
         self,
         cadence: Cadence,
-        options: ObjectiveOptions,
+        options: ReplayOptions,
         *,
         pair: bool,
         monitor: bool,
@@ -76,7 +82,7 @@ class DynamicsMonitor(Callback):
         self._also_log = compiled_patterns("also_log", also_log)
         for pattern in self._also_log:
             if not any(_may_match(pattern, q.key, q.per_layer) for q in self.table.quantities):
-                keys = ", ".join(f"{q.key}/<layer>" if q.per_layer else q.key for q in self.table.quantities)
+                keys = ", ".join(q.name for q in self.table.quantities)
                 raise MisconfigurationException(f"`also_log={pattern.pattern!r}` matches no key; there are: {keys}.")
         self._session: Any = None
         self._restored: dict[str, Any] | None = None
@@ -108,28 +114,53 @@ class DynamicsMonitor(Callback):
     def table(self) -> QuantityTable:
         """The quantities, under the family that this monitor's keys begin with."""
 
-    @property
     @abstractmethod
-    def products_per_point(self) -> float:
-        """Hessian products that one point costs, pair and graphs included, when points are far apart."""
+    def gradients_per_point(self, module: LightningModule) -> float:
+        """Gradients on the probe that one point costs, as much as is known of the module before the first step."""
 
-    @property
-    def kinds(self) -> frozenset[Kind]:
-        """The curvature matrices whose products are taken: each is tested before the first step."""
-        return frozenset({"hessian"})
+    def gradients_in_detail(self, module: LightningModule) -> float:
+        """Gradients on the probe that a measurement in detail costs beyond a point."""
+        return 0.0
 
     @property
     def vectors_held(self) -> int:
         """Vectors of the size of the parameters that a measurement holds at most, besides the gradient graphs."""
         return 0
 
-    def products_in_detail(self, layout: Layout) -> float:
-        """Products that a measurement in detail costs beyond a point, with parameters laid out like this."""
-        return 0.0
+    def measured_parameters(self, module: LightningModule) -> dict[str, nn.Parameter]:
+        """The parameters that the measurement is about, as far as they are known; none where it is about others."""
+        return {}
 
     @abstractmethod
-    def measure(self, point: Point) -> Measured:
-        """Measure at a point. Runs on rank zero; whatever it asks of the objective is computed by all ranks."""
+    def replay(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        items: Sequence[Sequence[ProbeItem]],
+        circumstances: Circumstances,
+        sharing: Sequence[DynamicsMonitor[Any]],
+    ) -> Replay:
+        """This rank's part of what is measured on.
+
+        Args:
+            trainer: The Trainer.
+            module: Its module, not wrapped.
+            items: This rank's batches of each of the probes.
+            circumstances: What else there is to know.
+            sharing: All monitors that agree in their options.
+        """
+
+    def point_of(self, subject: Subject, **facts: Any) -> Point[Subject]:
+        """The point to measure at.
+
+        Raises:
+            FloatingPointError: If there is nothing to measure there.
+        """
+        return Point(subject=subject, **facts)
+
+    @abstractmethod
+    def measure(self, point: Point[Subject]) -> Measured:
+        """Measure at a point. Runs on rank zero; whatever it asks of the subject is computed by all ranks."""
 
     def combine(self, first: Measured, second: Measured) -> Measured:
         """Make one measurement out of those at two consecutive steps; by default the mean of each value."""
@@ -151,16 +182,14 @@ class DynamicsMonitor(Callback):
         """
         return False
 
-    def audit(
-        self, measured: Measured, rule: StabilityRule, memory: dict[str, Any], hessian: HessianOperator
-    ) -> Measured:
+    def audit(self, measured: Measured, rule: StabilityRule, memory: dict[str, Any], subject: Subject) -> Measured:
         """The same measurement, its errors enlarged by what rounding does. Runs on rank zero.
 
         Args:
             measured: What was measured.
             rule: The edge of stability at that step.
             memory: What the monitor keeps.
-            hessian: The objective at the same weights in double precision.
+            subject: What was measured on, at the same weights in double precision.
         """
         return measured
 
@@ -168,8 +197,13 @@ class DynamicsMonitor(Callback):
         """The same measurement, where it could not be compared with double precision after all."""
         return measured
 
-    def check(self, hessian: HessianOperator) -> None:
-        """Refuse options that do not fit the objective; called before the first step."""
+    def check(self, subject: Subject) -> None:
+        """Refuse options that do not fit what is measured on; called before the first step."""
+
+    def preflight(self, sharing: Sequence[DynamicsMonitor[Any]], subject: Subject) -> None:
+        """Find out before the first step whether these monitors, which agree in their options, can measure."""
+        for monitor in sharing:
+            monitor.check(subject)
 
     def describe(self) -> dict[str, Any]:
         """The monitor's own options, for the record file's header."""
@@ -191,12 +225,9 @@ class DynamicsMonitor(Callback):
             "cadence": f"every {every} steps (default)" if self.cadence.is_open else str(self.cadence),
             "pair": self.pair,
             "in_detail": self._describe_detail(every_detail),
-            "threshold_rule": rule.description,
             "probe": data.describe(),
             "mode": self.options.mode,
             "precision": self.options.precision,
-            "noise_draws": self.options.noise_draws,
-            "parameters": None if self.options.parameters is None else str(self.options.parameters),
             **self.describe(),
         }
 
@@ -205,13 +236,13 @@ class DynamicsMonitor(Callback):
         return {key: value for key, value in measured.scalars.items() if self._is_logged(key)}
 
     def shown(self, clips: bool) -> list[str]:
-        """Keys, without the family, of the quantities that can come to the loggers: what charts are laid out for.
+        """Names, without the family, of the quantities that can come to the loggers: what charts are laid out for.
 
         Args:
             clips: Whether the Trainer clips gradients.
         """
         return [
-            q.key
+            q.name
             for q in self.table.quantities
             if q.on_by_default or any(_may_match(pattern, q.key, q.per_layer) for pattern in self._also_log)
         ]

@@ -4,79 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dynamics import _compat
 from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.probe import ProbeData
-from lightning_dynamics.linalg import SymmetricOperator
-from lightning_dynamics.objective import HessianOperator, Kind, select_parameters, symmetry_defect
 
-_PRODUCT = 2.3  # gradients per Hessian product, for the default cadence
 _READABLE = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
-_SYMMETRIC = {torch.float64: 1e-6, torch.float32: 1e-3}  # defects that rounding explains
-_SYMMETRIC_NARROW = 0.1  # under autocast
 
 
-def default_cadence(trainer: Trainer, monitor: DynamicsMonitor, data: ProbeData, products: float, budget: float) -> int:
+def default_cadence(trainer: Trainer, data: Sequence[ProbeData], gradients: float, budget: float) -> int:
     """Steps between points at which they cost ``budget`` of training, rounded up to a number that is easy to read.
 
-    A step costs one gradient on a batch, a point ``products`` products of 2.3 gradients each on the probe.
+    A step costs one gradient on a batch, a point ``gradients`` of them on the probes.
     """
-    batches = len(data.items) + data.wanted
+    batches = sum(len(each.items) + each.wanted for each in data)
     per_batch = trainer.accumulate_grad_batches
-    least = products * monitor.options.noise_draws * _PRODUCT * max(1, batches) / per_batch / budget
+    least = gradients * max(1, batches) / per_batch / budget
     power = 10 ** math.floor(math.log10(least)) if least >= 10 else 1
     return next(math.ceil(m * power) for m in _READABLE if m * power >= least)
-
-
-def measured_parameters(module: LightningModule, monitor: DynamicsMonitor) -> dict[str, nn.Parameter]:
-    """What a monitor will measure, as far as it is known before the first batch: none where that is a mistake."""
-    try:
-        chosen = select_parameters(module, monitor.options.parameters)
-    except ValueError:  # the preflight says what is wrong
-        return {}
-    return {name: parameter for name, parameter in chosen.items() if not is_lazy(parameter)}
-
-
-class AsymmetryError(ValueError):
-    """A second derivative is not symmetric by more than rounding explains."""
-
-
-def preflight(monitors: Sequence[DynamicsMonitor], narrow: bool, hessian: HessianOperator) -> None:
-    """Loss, gradient, two products, the symmetry test; and the monitors' own conditions.
-
-    Raises:
-        AsymmetryError: If the symmetry test fails. In single precision that may be rounding, where the second
-            derivative is a small difference of large terms (a network that is nearly certain of everything).
-    """
-    for monitor in monitors:
-        monitor.check(hessian)
-    if not math.isfinite(hessian.loss) or not bool(hessian.gradient.isfinite().all()):
-        raise FloatingPointError(f"the loss on the first probe batch is {hessian.loss}, or its gradient is not finite")
-    allowed = _SYMMETRIC_NARROW if narrow else _SYMMETRIC[hessian.dtype]
-    for kind in sorted({kind for monitor in monitors for kind in monitor.kinds}):
-        _check_symmetry(hessian.operator(kind), kind, allowed)
-
-
-def _check_symmetry(operator: SymmetricOperator, kind: Kind, allowed: float) -> None:
-    defect = symmetry_defect(operator, torch.Generator().manual_seed(0))
-    if not math.isfinite(defect):
-        raise FloatingPointError(f"a product with the {kind} matrix on the first probe batch is not finite")
-    if defect > allowed:
-        raise AsymmetryError(
-            f"the second derivative that PyTorch computes is not symmetric (defect {defect:.2g}, rounding explains "
-            f"{allowed:.0e}). Either the loss is not the same function at every evaluation, or an operation of the "
-            "step has a wrong double backward."
-        )
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -87,7 +41,7 @@ def check_strategy(trainer: Trainer) -> None:
         )
 
 
-def check_batches(monitors: Sequence[DynamicsMonitor]) -> None:
+def check_batches(monitors: Sequence[DynamicsMonitor[Any]]) -> None:
     """Refuse what cannot be with a step that pulls its batches from an iterator."""
     for monitor in monitors:
         if monitor.options.probe.current_batch:
@@ -97,7 +51,7 @@ def check_batches(monitors: Sequence[DynamicsMonitor]) -> None:
             )
 
 
-def check_families(monitors: Sequence[DynamicsMonitor]) -> None:
+def check_families(monitors: Sequence[DynamicsMonitor[Any]]) -> None:
     families = [monitor.table.family for monitor in monitors]
     for family in families:
         if families.count(family) > 1:

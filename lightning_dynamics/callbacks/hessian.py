@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.cadence import Cadence, check_flag, check_number, check_positive_integer
+from lightning_dynamics.callbacks.curvature import CurvatureMonitor
 from lightning_dynamics.callbacks.hessian_findings import Findings, enlarged, measure_sharpening_rate, rounding_of
 from lightning_dynamics.callbacks.hessian_spectrum import (
     DETAIL,
@@ -47,7 +47,7 @@ Matrix = Literal["hessian", "preconditioned", "gauss_newton", "residual", "fishe
 """The matrices that a :class:`HessianMonitor` can measure: those of :data:`Kind`, and the preconditioned Hessian."""
 
 
-class HessianMonitor(DynamicsMonitor):
+class HessianMonitor(CurvatureMonitor):
     """Tracks the extreme eigenvalues of the loss Hessian, and now and then measures its whole spectrum.
 
     The loss is the one that ``training_step`` returns, as it is trained, on a fixed :class:`Probe` of the training set
@@ -233,6 +233,7 @@ class HessianMonitor(DynamicsMonitor):
 
     def describe(self) -> dict[str, Any]:
         return {
+            **super().describe(),
             "operator": self.operator,
             "top_k": self.top_k,
             "bottom_k": self.bottom_k,
@@ -241,17 +242,17 @@ class HessianMonitor(DynamicsMonitor):
             "spectrum": None if self.spectrum is None else asdict(self.spectrum),
         }
 
-    def check(self, hessian: HessianOperator) -> None:
-        if self.top_k + self.bottom_k > hessian.size:
+    def check(self, subject: HessianOperator) -> None:
+        if self.top_k + self.bottom_k > subject.size:
             raise ValueError(
                 f"`top_k` ({self.top_k}) and `bottom_k` ({self.bottom_k}) ask for more eigenvalues than there are "
-                f"measured parameters ({hessian.size})."
+                f"measured parameters ({subject.size})."
             )
         if self.spectrum is not None and (self.spectrum.per_layer or self.spectrum.diagonal):
-            layer_keys(hessian.layout.blocks())
+            layer_keys(subject.layout.blocks())
 
-    def measure(self, point: Point) -> Measured:
-        hessian = point.hessian
+    def measure(self, point: Point[HessianOperator]) -> Measured:
+        hessian = point.subject
         _forget_if_changed(point.memory, hessian.layout)
         into = Findings()
         into.enter("probe_loss", hessian.loss)
@@ -308,15 +309,15 @@ class HessianMonitor(DynamicsMonitor):
         return count % every == 0 or "overlap" in notes
 
     def audit(
-        self, measured: Measured, rule: StabilityRule, memory: dict[str, Any], hessian: HessianOperator
+        self, measured: Measured, rule: StabilityRule, memory: dict[str, Any], subject: HessianOperator
     ) -> Measured:
         """What rounding does to the matrix: ‖(A₆₄ - A)v‖ for the outermost eigenvectors, relative to ‖A‖."""
         leading = memory.pop("leading")
         loss = measured.scalars[f"{self.table.family}/probe_loss"]
         same = _SAME_LOSS if self.options.precision == "same" else _SAME_LOSS / 50
-        if not abs(hessian.loss - loss) <= same * max(abs(loss), abs(hessian.loss)) + _LOSS_ROUNDING:
+        if not abs(subject.loss - loss) <= same * max(abs(loss), abs(subject.loss)) + _LOSS_ROUNDING:
             raise ValueError("the step draws other noise in double precision")
-        operator = self._matrix(hessian, rule)
+        operator = self._matrix(subject, rule)
         assert operator is not None, "there was one in single precision"
         memory["rounding"] = rounding_of(operator, leading) / max(measured.notes["norm"], 1e-300)
         measured.notes["products"] += len(leading)
@@ -360,7 +361,7 @@ class HessianMonitor(DynamicsMonitor):
         scale, shifts = rule.diagonals(hessian.layout.shapes, like=hessian.gradient)
         return CongruentOperator(hessian, scale, shifts)
 
-    def _track(self, operator: SymmetricOperator, point: Point) -> ExtremalEigenpairs:
+    def _track(self, operator: SymmetricOperator, point: Point[HessianOperator]) -> ExtremalEigenpairs:
         """Eigenvalues from the old vectors; afresh in detail; from time to time with a check that none was missed."""
         start = None if point.in_detail else point.memory.get("subspace")
         checks = start is None or point.count % _CHECK_EVERY == 0
@@ -400,7 +401,7 @@ class HessianMonitor(DynamicsMonitor):
             checked = found.top.limits is not None
             into.enter("gradient_in_top_k", share, min(1.0, found.top.subspace_error(self.top_k)) if checked else None)
 
-    def _compare_with_the_edge(self, point: Point, found: ExtremalEigenpairs, into: Findings) -> None:
+    def _compare_with_the_edge(self, point: Point[HessianOperator], found: ExtremalEigenpairs, into: Findings) -> None:
         if point.rule.unavailable is not None:
             if point.rule.is_unknown:
                 into.notes["no_threshold"] = point.rule.unavailable
@@ -413,19 +414,19 @@ class HessianMonitor(DynamicsMonitor):
                 "edge_ratio", step * (float(found.top.values[0]) + shift) / 2, step * float(found.top.bounds[0]) / 2
             )
             return
-        hessian = point.hessian
+        hessian = point.subject
         scale, shifts = point.rule.diagonals(hessian.layout.shapes, like=hessian.gradient)
         edge = self._leading(CongruentOperator(hessian, scale, shifts), point, "edge")
         into.products += edge.products
         into.enter("edge_ratio", float(edge.top.values[0]) / 2, float(edge.top.bounds[0]) / 2)
 
-    def _probe_bias(self, point: Point, found: ExtremalEigenpairs, into: Findings) -> float:
+    def _probe_bias(self, point: Point[HessianOperator], found: ExtremalEigenpairs, into: Findings) -> float:
         """Mean top eigenvalue of the probe's halves minus that of the whole: what half as many samples add."""
         tops = []
         parts: tuple[Part, ...] = ("even", "odd")
         for part in parts:
             half = eigenpairs(
-                point.hessian.operator("hessian", part),
+                point.subject.operator("hessian", part),
                 1,
                 tolerance=self.tolerance,
                 start=found.top.vectors,
@@ -436,7 +437,7 @@ class HessianMonitor(DynamicsMonitor):
             tops.append(half.top.values[0])
         return float(sum(tops) / 2 - found.top.values[0])
 
-    def _leading(self, operator: SymmetricOperator, point: Point, key: str) -> ExtremalEigenpairs:
+    def _leading(self, operator: SymmetricOperator, point: Point[HessianOperator], key: str) -> ExtremalEigenpairs:
         found = eigenpairs(
             operator,
             1,

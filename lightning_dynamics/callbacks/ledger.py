@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.journal import Journal
@@ -49,7 +50,7 @@ class Ledger:
         expose: Makes a monitor's logged values visible to other callbacks.
     """
 
-    def __init__(self, notices: Notices, expose: Callable[[DynamicsMonitor, dict[str, float]], None]) -> None:
+    def __init__(self, notices: Notices, expose: Callable[[DynamicsMonitor[Any], dict[str, float]], None]) -> None:
         self.states: dict[str, MonitorState] = {}
         self.skipped = 0
         self._notices = notices
@@ -65,7 +66,7 @@ class Ledger:
         self._before = self._spent()
 
     def take(
-        self, monitor: DynamicsMonitor, when: When, role: Role, result: Measured | Failure, seconds: float
+        self, monitor: DynamicsMonitor[Any], when: When, role: Role, result: Measured | Failure, seconds: float
     ) -> None:
         """Enter the result of one measurement.
 
@@ -96,7 +97,7 @@ class Ledger:
         else:
             self._enter(monitor, when, result, seconds)
 
-    def settle(self, monitor: DynamicsMonitor) -> None:
+    def settle(self, monitor: DynamicsMonitor[Any]) -> None:
         """Let a first half stand alone whose second half does not come."""
         state = self.states[monitor.label]
         if state.pending is not None:
@@ -104,7 +105,7 @@ class Ledger:
             state.pending = None
             self._enter(monitor, when, measured, seconds)
 
-    def skip(self, monitor: DynamicsMonitor, failure: Failure) -> None:
+    def skip(self, monitor: DynamicsMonitor[Any], failure: Failure) -> None:
         """Weather: it costs this point, and one warning per reason."""
         self.skipped += 1
         self._notices.warn(
@@ -134,7 +135,7 @@ class Ledger:
             together = {key: value for _, logged in entries for key, value in logged.items()}
             journal.write([record for record, _ in entries], {**together, **cost}, step)
 
-    def _enter(self, monitor: DynamicsMonitor, when: When, measured: Measured, seconds: float) -> None:
+    def _enter(self, monitor: DynamicsMonitor[Any], when: When, measured: Measured, seconds: float) -> None:
         notes = measured.notes if when.weights is None else {**measured.notes, "weights": when.weights}
         logged = monitor.logged(measured)
         exposed = {key: float(value) for key, value in logged.items() if math.isfinite(value)}

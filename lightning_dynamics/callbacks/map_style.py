@@ -69,13 +69,15 @@ class MapStyleSource:
         return list(self.members)[: self._in_whole_batches(len(self.members))]
 
     @classmethod
-    def of(cls, loaders: Sequence[Any], batch_size: int | None, num_batches: float) -> MapStyleSource | str:
-        """The source behind the training loaders, or why there is none."""
+    def of(
+        cls, loaders: Sequence[Any], batch_size: int | None, num_batches: float, split: str = "training"
+    ) -> MapStyleSource | str:
+        """The source behind the loaders of a split, or why there is none."""
         if len(loaders) != 1:
-            return f"there are {len(loaders)} training loaders"
+            return f"there are {len(loaders)} {split} loaders"
         loader = loaders[0]
         if not isinstance(loader, DataLoader):
-            return f"the training data is a {type(loader).__name__}, not a DataLoader"
+            return f"the {split} data is a {type(loader).__name__}, not a DataLoader"
         if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__"):
             return f"{type(loader.dataset).__name__} is not map-style"
         if type(loader.batch_sampler) is not BatchSampler:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_dynamics.metrics import StabilityRule
-from lightning_dynamics.objective import HessianOperator
+
+Subject = TypeVar("Subject")
+"""What a measurement is made on: a Hessian, the features of a network. Covers all ranks; exists on rank zero only."""
 
 
 @dataclass(frozen=True)
@@ -67,31 +69,31 @@ class Clipping:
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Generic[Subject]):
     """Where and on what a monitor measures. Exists on rank zero only.
 
     Attributes:
         step: x of the curves.
-        hessian: The objective at the weights of this step: loss, gradient, Hessian products.
-        rule: The optimizers' edge of stability at this step.
+        subject: What to measure on, at the weights of this step.
+        rule: The optimizers' edge of stability at this step, for monitors of the loss.
         memory: What the monitor keeps from one measurement to the next: tensors, numbers, strings, in plain containers.
             It comes back from checkpoints where it is small.
         generator: For whatever is random in the measurement; a function of seed, step and monitor.
         count: Measurements taken before, those before a resume included.
-        has_halves: Whether the probe has batches in both of its halves, and is not the whole set.
         clipping: See :class:`Clipping`; None where gradients are not clipped.
         in_detail: Whether the monitor's rare and dear measurement is due too.
+        has_halves: Whether the probe has batches in both of its halves, and is not the whole set.
     """
 
     step: int
-    hessian: HessianOperator
+    subject: Subject
     rule: StabilityRule
     memory: dict[str, Any]
     generator: torch.Generator
     count: int
-    has_halves: bool
     clipping: Clipping | None
     in_detail: bool = False
+    has_halves: bool = False
 
 
 @dataclass(frozen=True)

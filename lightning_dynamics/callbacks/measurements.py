@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -14,20 +13,18 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_dynamics import _compat
 from lightning_dynamics.callbacks.base import DynamicsMonitor
-from lightning_dynamics.callbacks.checks import preflight
 from lightning_dynamics.callbacks.ledger import Ledger
-from lightning_dynamics.callbacks.lightning_objective import lightning_objective
+from lightning_dynamics.callbacks.lightning_replay import Circumstances
 from lightning_dynamics.callbacks.map_style import ProbeItem
-from lightning_dynamics.callbacks.measured import Measured, Point, Role, SavedWeights, When
+from lightning_dynamics.callbacks.measured import Measured, Role, SavedWeights, When
 from lightning_dynamics.callbacks.measuring import Failure, Outcome, Task, explain, measure_jointly
 from lightning_dynamics.callbacks.notices import Notices
 from lightning_dynamics.callbacks.probes import Probes
 from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.metrics import StabilityRule, stability_rule
-from lightning_dynamics.objective import HessianOperator, Objective, select_parameters
 from lightning_dynamics.objective.copies import private_copy
-from lightning_dynamics.objective.loss import batch_length
 from lightning_dynamics.objective.randomness import stream_seed
+from lightning_dynamics.objective.replay import Replay, batch_length
 from lightning_dynamics.objective.sandbox import Clones
 
 _MOST_SAVED = 16  # copies of the weights that wait for a probe
@@ -50,7 +47,7 @@ class Measurements:
         self,
         trainer: Trainer,
         module: LightningModule,
-        monitors: Sequence[DynamicsMonitor],
+        monitors: Sequence[DynamicsMonitor[Any]],
         probes: Probes,
         ledger: Ledger,
         notices: Notices,
@@ -68,23 +65,20 @@ class Measurements:
         self._checked: set[tuple[Any, ...]] = set()
 
     def check(self, batch: Any) -> None:
-        """The preflight: loss, gradient, one product and the symmetry test before the first step."""
+        """The preflight: find out before the first step whether all can be measured."""
         for monitor in self._monitors:
             options = monitor.options
             if options.key in self._checked:
                 continue
-            items = self._probes.of(monitor).items
-            if not items:
-                if batch is None:
-                    continue
-                items = [self._current(batch)]
+            items = self._current_items(monitor, batch)
+            if not all(items):
+                continue
             self._checked.add(options.key)
-            is_short = items[-1].weight not in (0.0, items[0].weight)
-            items = [items[0], items[-1]] if any(self._ranks.gather(is_short)) else items[:1]
-            result, shared = self._preflight(monitor, items)
+            some = [self._ends(part) for part in items]
+            result, shared = self._preflight(monitor, some)
             if isinstance(result, Failure) and result.is_asymmetry and not shared and options.precision != "same":
                 # in single precision that may be rounding, after good training: ask in double precision
-                again, _ = self._preflight(monitor, items, torch.float64)
+                again, _ = self._preflight(monitor, some, torch.float64)
                 result = result if isinstance(again, Failure) else again
             if isinstance(result, Failure) and not result.is_weather:
                 hint = ""
@@ -96,23 +90,35 @@ class Measurements:
             if isinstance(result, Failure):
                 self._ledger.skip(monitor, result)
 
+    def _current_items(self, monitor: DynamicsMonitor[Any], batch: Any) -> list[list[ProbeItem]]:
+        """This rank's batches of each of a monitor's probes; of one that does not hold any yet, the current batch."""
+        instead = [] if batch is None else [self._current(batch)]
+        return [data.items or instead for data in self._probes.all_of(monitor)]
+
+    def _ends(self, items: list[ProbeItem]) -> list[ProbeItem]:
+        """The first batch; and the last one where it is shorter, on any rank."""
+        is_short = items[-1].weight not in (0.0, items[0].weight)
+        return [items[0], items[-1]] if any(self._ranks.gather(is_short)) else items[:1]
+
     def _preflight(
-        self, monitor: DynamicsMonitor, items: list[ProbeItem], least: torch.dtype | None = None
+        self, monitor: DynamicsMonitor[Any], items: list[list[ProbeItem]], least: torch.dtype | None = None
     ) -> tuple[Any, list[str]]:
-        options = monitor.options
-        sharing = [m for m in self._monitors if m.options.key == options.key]
+        sharing = self._sharing(monitor)
 
-        def prepare() -> tuple[Objective, list[Task]]:
-            objective = lightning_objective(
-                self._trainer, self._module, options, items, clones=self._clones, least=least
-            )
-            return objective, [partial(preflight, sharing, options.precision == "same")]
+        def prepare() -> tuple[Replay, list[Task]]:
+            circumstances = Circumstances(clones=self._clones, least=least)
+            replay = monitor.replay(self._trainer, self._module, items, circumstances, sharing)
+            return replay, [partial(monitor.preflight, sharing)]
 
-        outcome = measure_jointly(prepare, 1, self._ranks)
+        outcome = measure_jointly(prepare, 1, self._ranks, monitor.part)
         self._name_shared(monitor, outcome)
         return outcome.results[0], outcome.shared
 
-    def _name_shared(self, monitor: DynamicsMonitor, outcome: Outcome) -> None:
+    def _sharing(self, monitor: DynamicsMonitor[Any]) -> list[DynamicsMonitor[Any]]:
+        """The monitors that agree with this one in their options."""
+        return [m for m in self._monitors if m.options.key == monitor.options.key]
+
+    def _name_shared(self, monitor: DynamicsMonitor[Any], outcome: Outcome) -> None:
         if outcome.shared:
             self._notices.say(
                 f"While {monitor.label} evaluates the step, these attributes of {type(self._module).__name__} are "
@@ -126,7 +132,7 @@ class Measurements:
 
     def take(self, when: When, roles: Mapping[int, Role], batch: Any) -> None:
         """Measure what is due where the probe is complete; save the weights for what has to wait."""
-        now = {i: r for i, r in roles.items() if self._probes.of(self._monitors[i]).is_complete}
+        now = {i: r for i, r in roles.items() if self._probes.are_complete(self._monitors[i])}
         later = {i: r for i, r in roles.items() if i not in now}
         if later:
             self._save(when, later)
@@ -155,7 +161,7 @@ class Measurements:
         """Take the points that had to wait, each at the weights and the x where it belongs."""
         waiting: list[SavedWeights] = []
         for saved in self._saved:
-            ready = {i: r for i, r in saved.roles.items() if self._probes.of(self._monitors[i]).is_complete}
+            ready = {i: r for i, r in saved.roles.items() if self._probes.are_complete(self._monitors[i])}
             left = {i: r for i, r in saved.roles.items() if i not in ready}
             if ready:
                 self._measure(saved.when, ready, None, saved)
@@ -179,13 +185,13 @@ class Measurements:
         """One result for each of these monitors, which share an objective."""
         first = self._monitors[members[0]]
 
-        def prepare() -> tuple[Objective, list[Task]]:
+        def prepare() -> tuple[Replay, list[Task]]:
             # what fails here (parameters that were frozen since, a batch that cannot be copied) fails on all ranks
-            objective = self._objective(when, first, batch, saved)
-            return objective, [self._task(when, i, roles[i], saved) for i in members]
+            replay = self._replay(when, first, batch, saved)
+            return replay, [self._task(when, i, roles[i], saved) for i in members]
 
         vectors = max(self._monitors[i].vectors_held for i in members)
-        outcome = measure_jointly(prepare, len(members), self._ranks, vectors)
+        outcome = measure_jointly(prepare, len(members), self._ranks, first.part, vectors)
         self._name_shared(first, outcome)
         return outcome
 
@@ -209,11 +215,11 @@ class Measurements:
             return [instead.get(i, result) for i, result in zip(members, results, strict=True)]
         first = self._monitors[chosen[0][0]]
 
-        def prepare() -> tuple[Objective, list[Task]]:
-            objective = self._objective(when, first, batch, saved, torch.float64)
-            return objective, [self._audit(i, result, saved) for i, result in chosen]
+        def prepare() -> tuple[Replay, list[Task]]:
+            replay = self._replay(when, first, batch, saved, torch.float64)
+            return replay, [self._audit(i, result, saved) for i, result in chosen]
 
-        outcome = measure_jointly(prepare, len(chosen), self._ranks)
+        outcome = measure_jointly(prepare, len(chosen), self._ranks, first.part)
         audited = dict(zip((i for i, _ in chosen), outcome.results, strict=True))
         for i, result in chosen:
             if isinstance(audited[i], Failure):
@@ -229,27 +235,22 @@ class Measurements:
         monitor = self._monitors[index]
         return partial(monitor.audit, measured, self._rule_at(index, saved), self._ledger.states[monitor.label].memory)
 
-    def _objective(
+    def _replay(
         self,
         when: When,
-        monitor: DynamicsMonitor,
+        monitor: DynamicsMonitor[Any],
         batch: Any,
         saved: SavedWeights | None,
         least: torch.dtype | None = None,
-    ) -> Objective:
-        passes = monitor.options.probe.current_batch
-        kinds = {kind for m in self._monitors if m.options.key == monitor.options.key for kind in m.kinds}
-        return lightning_objective(
-            self._trainer,
-            self._module,
-            monitor.options,
-            [self._current(batch)] if passes else self._probes.of(monitor).items,
+    ) -> Replay:
+        circumstances = Circumstances(
             values=None if saved is None else saved.values,
             clones=None if least is not None else self._clones,
             least=least,
-            matrices=len(kinds | {"hessian"}),
             epoch=when.epoch if when.final or saved is not None else None,
         )
+        items = self._current_items(monitor, batch)
+        return monitor.replay(self._trainer, self._module, items, circumstances, self._sharing(monitor))
 
     def _rule_at(self, index: int, saved: SavedWeights | None) -> StabilityRule:
         return self.rule(self._monitors[index]) if saved is None else saved.rules[index]
@@ -268,17 +269,14 @@ class Measurements:
         # read here: once the sandbox is open the module shows private weights, which no optimizer knows
         rule = self._rule_at(index, saved)
 
-        def task(hessian: HessianOperator) -> Measured:
-            if not math.isfinite(hessian.loss):
-                raise FloatingPointError(f"the probe loss is {hessian.loss}")
-            point = Point(
+        def task(subject: Any) -> Measured:
+            point = monitor.point_of(
+                subject,
                 step=when.step,
-                hessian=hessian,
                 rule=rule,
                 memory=state.memory,
                 generator=torch.Generator().manual_seed(seed),
                 count=state.count,
-                has_halves=hessian.has_halves and not monitor.options.probe.whole,
                 clipping=state.clipping if self._trainer.gradient_clip_val else None,
                 in_detail=role.in_detail,
             )
@@ -288,10 +286,10 @@ class Measurements:
 
         return task
 
-    def rule(self, monitor: DynamicsMonitor) -> StabilityRule:
+    def rule(self, monitor: DynamicsMonitor[Any]) -> StabilityRule:
         """The optimizers' edge of stability as it is now."""
         optimizers, _ = _compat.optimizer_lists(self._trainer)
-        rule = stability_rule(optimizers, select_parameters(self._module, monitor.options.parameters))
+        rule = stability_rule(optimizers, monitor.measured_parameters(self._module))
         if rule.is_unknown:
             self._notices.say(f"{monitor.label} shows no stability threshold: {rule.unavailable}.")
         return rule

@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
-from lightning_dynamics.callbacks.checks import AsymmetryError
-from lightning_dynamics.callbacks.ranks import Interrupted, JointLinearization, RankError, Ranks
+from lightning_dynamics.callbacks.joint import RankPart
+from lightning_dynamics.callbacks.ranks import Interrupted, RankError, Ranks
 from lightning_dynamics.callbacks.signals import DeferredSignals
-from lightning_dynamics.objective import HessianOperator, Linearization, Objective
+from lightning_dynamics.objective.replay import Replay
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative for '?(?:aten::)?_*(\w+?)(?:_backward)?'? is not implemented|double backward"
 )
+
+
+class AsymmetryError(ValueError):
+    """A second derivative is not symmetric by more than rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -49,53 +53,56 @@ class Outcome:
     shared: list[str]
 
 
-Task = Callable[[HessianOperator], Any]
+Task = Callable[[Any], Any]
+"""A function of what is measured on, with a small, picklable result."""
 
 
 def measure_jointly(
-    prepare: Callable[[], tuple[Objective, Sequence[Task]]], count: int, ranks: Ranks, vectors: int = 0
+    prepare: Callable[[], tuple[Replay, Sequence[Task]]],
+    count: int,
+    ranks: Ranks,
+    kind: type[RankPart[Any]],
+    vectors: int = 0,
 ) -> Outcome:
-    """Run tasks on the Hessian of an objective that all ranks hold parts of. Called on every rank; never raises.
+    """Run tasks on data that all ranks hold parts of. Called on every rank; never raises.
 
     Args:
-        prepare: Makes this rank's part of the objective, and the tasks: functions of the Hessian with small, picklable
-            results. They run on rank zero only, in order; one that fails does not keep the others from running.
+        prepare: Makes this rank's part of the data, and the tasks. They run on rank zero only, in order; one that fails
+            does not keep the others from running.
         count: Number of tasks.
         ranks: The ranks.
+        kind: What is to be made of the data.
         vectors: Vectors of the size of the parameters that the tasks will hold, besides the gradient graphs.
     """
     shared: list[str] = []
     with DeferredSignals() as signals, ExitStack() as stack:
-        local: Linearization | None = None
+        part = kind(ranks, None)
         failure: Failure | None = None
         try:
-            objective, tasks = prepare()
-            local = stack.enter_context(objective.linearize())
+            replay, tasks = prepare()
+            part.local = stack.enter_context(kind.open(replay))
         except Exception as error:
             failure = explain(error)
         if not ranks.leads:
-            return ranks.serve(local)  # type: ignore[no-any-return]
+            return part.serve()  # type: ignore[no-any-return]
         results: list[Any] = [failure] * count
         try:
-            if local is not None:
-                results = _run(local, tasks, ranks, signals, vectors)
-                shared = sorted(objective.shared)
+            if part.local is not None:
+                results = _run(part, tasks, signals, vectors)
+                shared = sorted(replay.shared)
         finally:
-            outcome = ranks.end(Outcome(results, shared))
+            outcome = part.end(Outcome(results, shared))
     return outcome  # type: ignore[no-any-return]
 
 
-def _run(
-    local: Linearization, tasks: Sequence[Task], ranks: Ranks, signals: DeferredSignals, vectors: int
-) -> list[Any]:
+def _run(part: RankPart[Any], tasks: Sequence[Task], signals: DeferredSignals, vectors: int) -> list[Any]:
     results: list[Any] = []
-    hessian: HessianOperator | None = None
+    subject: Any = None
     for task in tasks:
         try:
-            if hessian is None:
-                reserve = vectors * local.size * local.dtype.itemsize
-                hessian = HessianOperator(JointLinearization(local, ranks, lambda: signals.pending), reserve=reserve)
-            results.append(task(hessian))
+            if subject is None:
+                subject = part.subject(lambda: signals.pending, vectors)
+            results.append(task(subject))
         except Exception as error:
             results.append(explain(error))
     return results

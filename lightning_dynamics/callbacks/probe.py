@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -13,8 +13,8 @@ from lightning_dynamics.callbacks.cadence import check_positive_integer
 from lightning_dynamics.callbacks.map_style import MapStyleSource, ProbeItem, share_batches
 from lightning_dynamics.callbacks.probe_state import restore_batches
 from lightning_dynamics.objective.copies import private_copy
-from lightning_dynamics.objective.loss import batch_length
 from lightning_dynamics.objective.randomness import fork_rng
+from lightning_dynamics.objective.replay import batch_length
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Probe:
 
     Attributes:
         size: Number of samples, rounded up to whole batches.
+        split: ``"training"``, or ``"validation"``: the same of the Trainer's validation set, which has to be map-style
+            and in one loader.
         whole: The whole training set: the only choice that is called full-batch. It is held in memory.
         first_batches: Copy that many first batches of training instead.
         current_batch: The batch of the step at hand, a new one each time.
@@ -42,6 +44,7 @@ class Probe:
     """
 
     size: int = 512
+    split: Literal["training", "validation"] = "training"
     whole: bool = False
     first_batches: int | None = None
     current_batch: bool = False
@@ -66,12 +69,17 @@ class Probe:
         ]
         if len(given) > 1:
             raise MisconfigurationException(f"A probe takes its data from one place, got {' and '.join(given)}.")
+        if self.split not in ("training", "validation"):
+            raise MisconfigurationException(f"`split` must be 'training' or 'validation', got {self.split!r}.")
+        if self.split == "validation" and given and not self.whole:
+            raise MisconfigurationException(f"`split='validation'` does not go with `{given[0]}`: that is other data.")
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two probes the same data."""
         return (
             self.size,
+            self.split,
             self.whole,
             self.first_batches,
             self.current_batch,
@@ -174,7 +182,8 @@ def read_probe(
         notify("The batches of the probe are not where the checkpoint left them: the curves go on with others.")
     if probe.first_batches is not None:
         return ProbeData(f"the first {probe.first_batches} batches of training", wanted=probe.first_batches)
-    source = MapStyleSource.of(loaders, probe.batch_size, num_batches * world_size)
+    source = MapStyleSource.of(loaders, probe.batch_size, num_batches * world_size, probe.split)
+    data = f"{probe.split} set"
     if isinstance(source, str):
         reason = source
     else:
@@ -182,22 +191,23 @@ def read_probe(
         if chosen is None:
             chosen = source.everyone if probe.whole else source.choose(probe.size, probe.seed)
         if not chosen:
-            raise MisconfigurationException("The training set is empty: there is nothing to probe.")
+            raise MisconfigurationException(f"The {data} is empty: there is nothing to probe.")
         try:
             items = source.read(chosen, probe.seed, rank, world_size)
         except Exception as error:
-            reason = f"reading the training set in a process of its own failed ({error!r})"
+            reason = f"reading the {data} in a process of its own failed ({error!r})"
         else:
             return ProbeData(
-                _whole(len(chosen), source) if probe.whole else "a random subset of the training set",
+                _whole(data, len(chosen), source) if probe.whole else f"a random subset of the {data}",
                 items,
                 size=len(chosen),
                 population=len(source.members),
                 kept={} if probe.whole else {"samples": list(chosen)},
             )
-    if probe.whole:
+    if probe.whole or probe.split == "validation":
+        wanted = "`whole=True`" if probe.whole else "`split='validation'`"
         raise MisconfigurationException(
-            f"`whole=True` needs a map-style training set in one loader, but {reason}. Pass a `dataloader=` instead."
+            f"{wanted} needs a map-style {data} in one loader, but {reason}. Pass a `dataloader=` instead."
         )
     batch_size = _batch_size_of(loaders)
     count = max(1, math.ceil(probe.size / (batch_size * world_size))) if batch_size else 8
@@ -217,9 +227,9 @@ def _read_loader(probe: Probe, rank: int, world_size: int) -> ProbeData:
     return ProbeData("a loader of the user's", items, size=int(sum(length for _, length in batches)))
 
 
-def _whole(count: int, source: MapStyleSource) -> str:
+def _whole(data: str, count: int, source: MapStyleSource) -> str:
     complete = count == len(source.members)
-    return "the whole training set" + ("" if complete else " less the incomplete batch that the loader drops")
+    return f"the whole {data}" + ("" if complete else " less the incomplete batch that the loader drops")
 
 
 def _batch_size_of(loaders: Sequence[Any]) -> int | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_dynamics.callbacks.map_style import ProbeItem, share_batches
 from lightning_dynamics.callbacks.ranks import Ranks
-from lightning_dynamics.objective.loss import tensor_bytes
+from lightning_dynamics.objective.replay import tensor_bytes
 
 _SMALL = 1 << 24  # bytes of batches, over all ranks, that go into a checkpoint
 

@@ -24,12 +24,23 @@ class Probes:
         self._datasets: list[Any] = []
         self._ranks = Ranks(0, 1, torch.device("cpu"))
 
-    def of(self, monitor: DynamicsMonitor) -> ProbeData:
+    def of(self, monitor: DynamicsMonitor[Any]) -> ProbeData:
         """The data that a monitor measures on."""
-        return self._data[monitor.options.probe.key]
+        return self.all_of(monitor)[0]
+
+    def all_of(self, monitor: DynamicsMonitor[Any]) -> list[ProbeData]:
+        """The data that a monitor measures on, and what else it needs."""
+        return [self._data[probe.key] for probe in monitor.options.probes]
+
+    def are_complete(self, monitor: DynamicsMonitor[Any]) -> bool:
+        return all(data.is_complete for data in self.all_of(monitor))
+
+    def to_checkpoint(self, monitor: DynamicsMonitor[Any]) -> list[dict[str, Any]]:
+        """What :meth:`read` needs to have a monitor's data again."""
+        return [data.to_checkpoint() for data in self.all_of(monitor)]
 
     def read(
-        self, trainer: Trainer, monitors: Sequence[DynamicsMonitor], ranks: Ranks, notify: Callable[[str], None]
+        self, trainer: Trainer, monitors: Sequence[DynamicsMonitor[Any]], ranks: Ranks, notify: Callable[[str], None]
     ) -> None:
         """Read what the monitors ask for, or what a checkpoint kept of it.
 
@@ -44,19 +55,21 @@ class Probes:
             self._data.clear()
         self._datasets = datasets
         for monitor in monitors:
-            probe = monitor.options.probe
-            known = self._data.get(probe.key)
-            if known is not None and known.is_complete and not monitor._restored:
-                continue
-            self._data[probe.key] = read_probe(
-                probe,
-                loaders,
-                trainer.num_training_batches,
-                ranks.rank,
-                ranks.world_size,
-                lambda text, label=monitor.label: notify(f"{label}: {text}"),  # type: ignore[misc]
-                kept=monitor._restored["probe"] if monitor._restored else None,
-            )
+            for i, probe in enumerate(monitor.options.probes):
+                known = self._data.get(probe.key)
+                if known is not None and known.is_complete and not monitor._restored:
+                    continue
+                kept = _kept(monitor, i)
+                on_validation = probe.split == "validation"
+                self._data[probe.key] = read_probe(
+                    probe,
+                    _compat.validation_loaders(trainer) if on_validation else loaders,
+                    sum(trainer.num_val_batches) if on_validation else trainer.num_training_batches,
+                    ranks.rank,
+                    ranks.world_size,
+                    lambda text, label=monitor.label: notify(f"{label}: {text}"),  # type: ignore[misc]
+                    kept=kept,
+                )
 
     def show(self, batch: Any, directory: Path | None) -> bool:
         """Copy a passing batch where one is wanted; return whether a probe has become complete.
@@ -85,3 +98,9 @@ class Probes:
         """All ranks have copied their batches: agree on what there is."""
         data.size = int(sum(self._ranks.gather(sum(item.weight for item in data.items))))
         data.kept = keep_batches(data.items, self._ranks, directory)
+
+
+def _kept(monitor: DynamicsMonitor[Any], number: int) -> dict[str, Any] | None:
+    """What a checkpoint kept of one of a monitor's probes."""
+    kept = (monitor._restored or {}).get("probes", [])
+    return kept[number] if number < len(kept) else None

@@ -19,7 +19,6 @@ from lightning_dynamics.callbacks.checks import (
     check_strategy,
     clip_factor,
     default_cadence,
-    measured_parameters,
     takes_iterator,
 )
 from lightning_dynamics.callbacks.journal import Journal, header_of
@@ -30,7 +29,6 @@ from lightning_dynamics.callbacks.monitor_state import MonitorState
 from lightning_dynamics.callbacks.notices import Notices
 from lightning_dynamics.callbacks.probes import Probes
 from lightning_dynamics.callbacks.ranks import Ranks
-from lightning_dynamics.objective import Layout
 from lightning_dynamics.recording.record import Record
 
 _BUDGET = 0.15  # share of training that default cadences may cost together
@@ -43,7 +41,7 @@ class Session:
     _of: ClassVar[weakref.WeakKeyDictionary[Trainer, Session]] = weakref.WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self.monitors: list[DynamicsMonitor] = []
+        self.monitors: list[DynamicsMonitor[Any]] = []
         self.journal: Journal | None = None
         self._notices = Notices()
         self._ledger = Ledger(self._notices, self._expose)
@@ -76,7 +74,7 @@ class Session:
         assert self._measurements is not None, "between the start and the end of a fit"
         return self._measurements
 
-    def is_led_by(self, trainer: Trainer, monitor: DynamicsMonitor) -> bool:
+    def is_led_by(self, trainer: Trainer, monitor: DynamicsMonitor[Any]) -> bool:
         """Whether this monitor is the first of the Trainer's: the one that acts for all."""
         return next((c for c in _compat.callbacks(trainer) if isinstance(c, DynamicsMonitor)), None) is monitor
 
@@ -162,7 +160,7 @@ class Session:
 
     # State
 
-    def state_of(self, monitor: DynamicsMonitor) -> dict[str, Any]:
+    def state_of(self, monitor: DynamicsMonitor[Any]) -> dict[str, Any]:
         """A monitor's part of a checkpoint. No rank waits for another here."""
         state = self._ledger.states.get(monitor.label)
         if state is None or self.journal is None or self._last_step is None:
@@ -171,10 +169,10 @@ class Session:
             **state.to_checkpoint(self.journal.directory),
             "lineage": self.journal.lineage(),
             "skipped": self._ledger.skipped,
-            "probe": self._probes.of(monitor).to_checkpoint(),
+            "probes": self._probes.to_checkpoint(monitor),
         }
 
-    def _restore(self, monitor: DynamicsMonitor) -> None:
+    def _restore(self, monitor: DynamicsMonitor[Any]) -> None:
         if monitor._restored:
             self._ledger.states[monitor.label] = MonitorState.from_checkpoint(monitor._restored)
             self._ledger.skipped = monitor._restored["skipped"]
@@ -189,18 +187,17 @@ class Session:
             self._fit.take_saved()
             self._flush(_compat.curve_step(trainer))
 
-    def _decide_cadence(self, trainer: Trainer, module: LightningModule, monitor: DynamicsMonitor) -> None:
+    def _decide_cadence(self, trainer: Trainer, module: LightningModule, monitor: DynamicsMonitor[Any]) -> None:
         """Without a cadence of the user's: as often as the budget allows, by a count of gradients, not of seconds."""
         state = self._ledger.states[monitor.label]
-        data = self._probes.of(monitor)
+        data = self._probes.all_of(monitor)
         budget = _BUDGET / max(1, sum(m.cadence.is_open or m.has_open_detail for m in self.monitors))
-        layout = Layout.of(measured_parameters(module, monitor))
         share = 0.0
         if monitor.has_open_detail:
             share = budget * _DETAIL
             # a run that could not pay may go on for longer
             if not state.every_detail:
-                every = default_cadence(trainer, monitor, data, monitor.products_in_detail(layout), share)
+                every = default_cadence(trainer, data, monitor.gradients_in_detail(module), share)
                 steps = trainer.estimated_stepping_batches
                 # without a known length it is below zero; a run that cannot pay for two is not charged for one
                 pays = steps < 0 or 2 * every <= steps
@@ -214,13 +211,13 @@ class Session:
                 )
             share = share if state.every_detail else 0.0
         if monitor.cadence.is_open and state.every is None:
-            state.every = default_cadence(trainer, monitor, data, monitor.products_per_point, budget - share)
+            state.every = default_cadence(trainer, data, monitor.gradients_per_point(module), budget - share)
             self._notices.say(
                 f"{monitor.label} measures every {state.every} steps, meant to cost at most {budget - share:.0%} of "
                 "training. Choose otherwise with `every_n_train_steps` or `every_n_epochs`."
             )
 
-    def _role(self, trainer: Trainer, monitor: DynamicsMonitor, step: int) -> Role:
+    def _role(self, trainer: Trainer, monitor: DynamicsMonitor[Any], step: int) -> Role:
         """Whether a monitor is due at this step, and for which half of a pair."""
         state = self._ledger.states[monitor.label]
         if monitor.cadence.is_open:
@@ -233,7 +230,7 @@ class Session:
             state.second_at = step + 1
         return Role(first or in_detail, second, in_detail)
 
-    def _is_due_in_detail(self, trainer: Trainer, monitor: DynamicsMonitor, step: int) -> bool:
+    def _is_due_in_detail(self, trainer: Trainer, monitor: DynamicsMonitor[Any], step: int) -> bool:
         if monitor.detail is None:
             return False
         if monitor.detail.is_open:
@@ -241,7 +238,7 @@ class Session:
             return every > 0 and step % every == 0
         return monitor.detail.due(step, trainer.current_epoch, _compat.batch_number(trainer) == 0)
 
-    def _last_role(self, monitor: DynamicsMonitor, step: int) -> Role:
+    def _last_role(self, monitor: DynamicsMonitor[Any], step: int) -> Role:
         """The role of the end of training."""
         state = self._ledger.states[monitor.label]
         in_detail = monitor.detail is not None
@@ -269,7 +266,7 @@ class Session:
         assert self.journal is not None
         self._ledger.flush(self.journal, step)
 
-    def _expose(self, monitor: DynamicsMonitor, values: dict[str, float]) -> None:
+    def _expose(self, monitor: DynamicsMonitor[Any], values: dict[str, float]) -> None:
         trainer = self._trainer()
         if monitor.monitor and trainer is not None:
             _compat.expose_metrics(trainer, values)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import _functions
 from torch.utils import checkpoint
 
+from lightning_dynamics.objective.numerics import in_full_precision
 from lightning_dynamics.objective.repairs import Repaired
 
 
@@ -21,15 +22,14 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
     """Run forward passes so that they have a second derivative, in full float32, and the same one every time.
 
     - Gradients on, inference mode off (validation hooks run without them).
-    - Compiled code runs eagerly: compiled graphs have no double backward. The compiled training graph is left as it
-      was.
+    - Compiled code runs eagerly: compiled graphs have no double backward.
     - Attention uses the math kernel: the fused ones have no second derivative.
     - Activation checkpointing of the reentrant kind becomes that of the other kind: the same function, open to
       ``torch.autograd.grad``.
     - Batch norm that is about to synchronize with other processes raises a ``ValueError``: the loss of one process is
       then not a function of its own data, and has no second derivative in PyTorch.
-    - float32 matrix products in full precision (no TF32, no bfloat16 passes).
-    - cuDNN without autotuning, and without recurrent networks (their second derivative does not exist there).
+    - Arithmetic in full precision, see :func:`in_full_precision`; no recurrent networks of cuDNN's (their second
+      derivative does not exist there).
     """
     recurrent = any(isinstance(m, nn.RNNBase) for m in module.modules())
     with ExitStack() as stack:
@@ -39,40 +39,8 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
         stack.enter_context(_replaced(checkpoint.CheckpointFunction, "apply", staticmethod(_checkpoint)))
         stack.enter_context(_replaced(checkpoint, "_CheckpointFrame", _RepairedFrame))
         stack.enter_context(_replaced(_functions.SyncBatchNorm, "apply", staticmethod(_refuse_to_synchronize)))
-        if hasattr(torch.compiler, "set_stance"):  # torch ≥ 2.6
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(
-            torch.backends.cudnn.flags(
-                enabled=torch.backends.cudnn.enabled and not recurrent,
-                benchmark=False,
-                deterministic=True,
-                allow_tf32=False,
-            )
-        )
-        stack.enter_context(_full_matmul_precision())
+        stack.enter_context(in_full_precision(cudnn=not recurrent))
         yield
-
-
-@contextmanager
-def _full_matmul_precision() -> Iterator[None]:
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set backend by backend (torch ≥ 2.9), which the one switch refuses to read
-        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        values = [backend.fp32_precision for backend in backends]
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, value in zip(backends, values, strict=True):
-                backend.fp32_precision = value
-    else:
-        try:
-            torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
 
 
 @contextmanager

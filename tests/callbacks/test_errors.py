@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_dynamics import HessianMonitor, Probe
-from lightning_dynamics.callbacks.checks import AsymmetryError
-from lightning_dynamics.callbacks.measuring import explain
+from lightning_dynamics.callbacks.measuring import AsymmetryError, explain
 
 WHOLE = Probe(whole=True)
 

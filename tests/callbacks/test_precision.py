@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dynamics import HessianMonitor, Probe
-from lightning_dynamics.callbacks import checks
+from lightning_dynamics.callbacks import curvature
 
 WHOLE = Probe(whole=True)
 INPUTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "bf16-mixed": torch.float32, "16-mixed": torch.float32}
@@ -191,7 +191,7 @@ def test_errors_contain_the_rounding_of_float32_in_networks_that_have_learned():
 
 
 def test_asymmetry_in_float32_that_is_none_in_float64_is_rounding(monkeypatch):
-    monkeypatch.setitem(checks._SYMMETRIC, torch.float32, 1e-12)
+    monkeypatch.setitem(curvature._SYMMETRIC, torch.float32, 1e-12)
     monitor = tracked()
     trained(monitor, Classifier())
     assert len(monitor.history) == 4
