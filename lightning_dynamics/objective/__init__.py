@@ -1,6 +1,16 @@
-"""A module's loss as a function of its weights. Imports torch and ``linalg``, never lightning."""
+"""A module's loss and features as functions of its weights. Imports torch and ``linalg``, never lightning."""
 
 from lightning_dynamics.objective.curvature import HessianOperator, curvature_matrix, hessian, symmetry_defect
+from lightning_dynamics.objective.features import (
+    FeatureBatch,
+    FeatureFn,
+    FeaturePlan,
+    FeatureReader,
+    Features,
+    Feeding,
+    Reduction,
+)
+from lightning_dynamics.objective.layers import Anatomy, Tap, discover, resolve
 from lightning_dynamics.objective.linearization import Linearization, Part, Sum
 from lightning_dynamics.objective.loss import Engine, LossFunction, Objective
 from lightning_dynamics.objective.outputs import Kind, OutputFn
@@ -8,7 +18,14 @@ from lightning_dynamics.objective.parameters import Layout, ParameterFilter, sel
 from lightning_dynamics.objective.sandbox import Sandbox
 
 __all__ = [
+    "Anatomy",
     "Engine",
+    "FeatureBatch",
+    "FeatureFn",
+    "FeaturePlan",
+    "FeatureReader",
+    "Features",
+    "Feeding",
     "HessianOperator",
     "Kind",
     "Layout",
@@ -18,10 +35,14 @@ __all__ = [
     "OutputFn",
     "ParameterFilter",
     "Part",
+    "Reduction",
     "Sandbox",
     "Sum",
+    "Tap",
     "curvature_matrix",
+    "discover",
     "hessian",
+    "resolve",
     "select_parameters",
     "symmetry_defect",
 ]
