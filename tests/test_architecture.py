@@ -77,11 +77,11 @@ def test_the_mathematics_works_without_lightning():
     """In a notebook on a plain module with a closure."""
     code = """
 import sys
-for name in ("lightning", "pytorch_lightning", "matplotlib", "wandb", "tensorboard"):
+for name in ("lightning", "pytorch_lightning", "wandb", "tensorboard"):
     sys.modules[name] = None
 import torch
 import lightning_dynamics
-from lightning_dynamics import linalg, metrics, objective, recording
+from lightning_dynamics import linalg, metrics, objective
 
 net = torch.nn.Linear(3, 1, bias=False)
 x, y = torch.randn(8, 3), torch.randn(8, 1)
@@ -94,6 +94,13 @@ rule = metrics.stability_rule([torch.optim.SGD(net.parameters(), 0.1)], dict(net
 assert rule.threshold == 20
 """
     run(code)
+
+
+def test_records_are_read_where_nothing_is_drawn():
+    run(
+        "import sys; sys.modules.update(dict.fromkeys(['lightning', 'matplotlib', 'wandb'])); "
+        "from lightning_dynamics import recording, read_records"
+    )
 
 
 def test_importing_the_package_is_light():
