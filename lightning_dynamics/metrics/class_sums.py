@@ -17,6 +17,8 @@ _WELL_CONDITIONED = 1e-4  # s_r/s_1 of class means from which their Gram matrix 
 _COLUMNS = 2**13  # features whose products are summed in their own type
 _SEGMENTS = 128  # classes in a batch up to which residuals are taken class by class
 _SKETCH_ROWS = 16  # at least; and _SPARE_ROWS more than the class means have independent differences
+_SKETCH_SIZE = 2**19  # entries of a sketch, as long as that makes no more rows than
+_MOST_ROWS = 40
 _SPARE_ROWS = 4
 _HAS_SWITCHES = hasattr(torch.backends.mkldnn, "matmul")  # of precision, one for each backend: torch ≥ 2.9
 
@@ -198,7 +200,10 @@ class ScatterSums:
         self._centers = centers
         self._seed = seed
         K, r, d = centers.num_classes, centers.effective_rank, centers.num_features
-        self._sketch_rows = min(max(_SKETCH_ROWS, int(centers.present.sum()) - 1 + _SPARE_ROWS), d)
+        least = max(_SKETCH_ROWS, int(centers.present.sum()) - 1 + _SPARE_ROWS)
+        # where features are few, more rows cost next to nothing, and the error falls with their number
+        freedom = int(centers.counts.sum()) - int(centers.present.sum())
+        self._sketch_rows = min(max(least, min(_SKETCH_SIZE // max(1, d), _MOST_ROWS, freedom // 2)), d)
         shapes = {
             "counts": (K,),
             "squares": (K,),
@@ -240,7 +245,8 @@ class ScatterSums:
         Args:
             features: Shape ``(n, d)``, of any floating type, on any device; n may be 0.
             labels: Shape ``(n,)``, integers in 0..K-1. Samples of classes without a centre are left out, and counted.
-            predictions: The class that the network chooses, shape ``(n,)``; -1 where that is not known.
+            predictions: The class that the network chooses, shape ``(n,)``; -1 where that is not known, K and more for
+                outputs that are no class.
 
         Raises:
             ValueError: If shapes, types or labels do not fit.
@@ -249,7 +255,7 @@ class ScatterSums:
         centers = self._centers
         features, labels = _checked(features, labels, centers.num_classes, centers.num_features)
         if predictions is not None:
-            predictions = _checked_integers(predictions, len(features), -1, centers.num_classes - 1, "predictions")
+            predictions = _checked_integers(predictions, len(features), -1, None, "predictions")
             predictions = predictions.to(features.device)
         place = _double_place(features.device)
         self._sums = {name: value.to(place) for name, value in self._sums.items()}
@@ -417,7 +423,7 @@ def _checked(features: Tensor, labels: Tensor, num_classes: int, num_features: i
     return features.detach(), labels.to(features.device)
 
 
-def _checked_integers(values: Tensor, length: int, least: int, most: int, name: str) -> Tensor:
+def _checked_integers(values: Tensor, length: int, least: int, most: int | None, name: str) -> Tensor:
     """One integer per sample within bounds, as int64."""
     if values.is_floating_point() or values.is_complex():
         cure = "use `.argmax(1)` on one-hot or class scores, `.long()` on whole numbers"
@@ -430,10 +436,10 @@ def _checked_integers(values: Tensor, length: int, least: int, most: int, name: 
     if len(values) != length:
         raise ValueError(f"{length} samples came with {len(values)} {name}.")
     values = values.detach().long()
-    if length and (int(values.min()) < least or int(values.max()) > most):
+    if length and (int(values.min()) < least or (most is not None and int(values.max()) > most)):
         raise ValueError(
-            f"`{name}` must lie in {least}..{most}, got {int(values.min())}..{int(values.max())}. Drop samples without "
-            "a label, and give as many classes as there are."
+            f"`{name}` must lie in {least}..{'' if most is None else most}, got {int(values.min())}.."
+            f"{int(values.max())}. Drop samples without a label, and give as many classes as there are."
         )
     return values
 

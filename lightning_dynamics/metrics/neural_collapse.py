@@ -46,6 +46,7 @@ class NeuralCollapse(Metric):
 
     Attributes:
         undefined: After ``compute``, why measures are missing, by name.
+        errors: After ``compute``, standard errors of the measures that are estimated, by name.
     """
 
     is_differentiable = False
@@ -69,6 +70,7 @@ class NeuralCollapse(Metric):
             raise ValueError(f"`centers` are of {centers.num_classes} classes, `num_classes` is {num_classes}.")
         self.num_classes = num_classes
         self.undefined: dict[str, str] = {}
+        self.errors: dict[str, float] = {}
         self._given = centers
         self._classifier = _Reference(classifier)
         self._around = None if centers is None else ScatterSums(centers)
@@ -107,14 +109,14 @@ class NeuralCollapse(Metric):
         classifier = self._weights()
         scatter = self._scatter(classifier)
         measures = collapse_measures(scatter, classifier)
-        self.undefined = measures.undefined
+        self.undefined, self.errors = measures.undefined, measures.errors
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         return {name: torch.tensor(value, dtype=dtype, device=self.device) for name, value in measures.values.items()}
 
     def reset(self) -> None:
         """Forget what was shown."""
         super().reset()
-        self.undefined = {}
+        self.undefined, self.errors = {}, {}
 
     @property
     def centers(self) -> ClassCenters:

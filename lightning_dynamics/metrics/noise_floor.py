@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lightning_dynamics.metrics.class_sums import ScatterSums
 
 _DRAWS = 64  # sketches drawn from a covariance that is known whole
-_DELETED = 32  # rows that the jackknife leaves out in turn, at most; also windows that are averaged
+_DELETED = 12  # rows that the jackknife leaves out in turn, at most; also windows that are averaged
+_RESAMPLED = 8  # covariances that show how much the data matter
 _NEGLIGIBLE = 1e-11  # relative eigenvalue of a sketch that float32 products cannot tell from zero
 
 
@@ -33,11 +37,13 @@ def noise_floor(scatter: ScatterSums) -> tuple[float, float]:
     which regress a further row of a Gaussian sketch ΩΣΩᵀ on p others, so that :class:`ScatterSums` has all that is
     needed. Its sketch is of the sample covariance with ν = N - K degrees of freedom, which adds s·tr(G⁻¹)/(ν - p) to
     the squared norm in the mean (G the p × p part, s the residual variance of the regression); this is taken off. The
-    estimate is then unbiased for any Σ and any ν > p + 1; where it comes out negative, 0 is given. Where features vary
-    in ρ < p directions, F = ρ/(p - ρ - 1).
+    the squared norm in the mean (G the p × p part, s the residual variance of the regression); this is taken off. The
+    estimate is then unbiased for any Σ and any ν > p + 1; where it comes out negative, nothing is known. Where features
+    vary in ρ < p directions, F = ρ/(p - ρ - 1).
 
     The formula for F, and both regressions, are derived here and checked by simulation in the tests. The error is a
-    jackknife over the rows of the sketch; it grows with d_eff/N.
+    jackknife over the rows of the sketch, which grows with d_eff/N, and what covariances of as many Gaussian samples
+    differ in it.
 
     Raises:
         UnknownFloorError: If it is not known; the message says why.
@@ -55,17 +61,40 @@ def noise_floor(scatter: ScatterSums) -> tuple[float, float]:
         raise UnknownFloorError("the classes have no variance")
     rank = int((values > _NEGLIGIBLE * values[-1]).sum())
     if scatter.is_exact_sketch and p <= rank - 2:
-        value, error = _by_drawing(sketch, p, freedom, min(p + 4, rank))
+        rows = min(p + 4, rank)
+        value, error = _by_drawing(sketch, p, freedom, rows)
+        again = lambda c: _by_drawing(c, p, freedom, rows, _RESAMPLED)[0]  # noqa: E731
+        error = math.hypot(error, _data_error(sketch, freedom, again))
     elif p <= rank - 2 and freedom > p + 1:
-        value, error = _by_jackknife(sketch[:rank, :rank], p, freedom)
+        sketch = sketch[:rank, :rank]
+        value, error = _by_jackknife(sketch, p, freedom)
+        error = math.hypot(error, _data_error(sketch, freedom, lambda c: _of_sketch(c, p, freedom)))
     elif p >= rank + 2 and rank < freedom:
         value, error = rank / (p - rank - 1), 0.0
     elif rank >= freedom:
         raise UnknownFloorError("too few samples")
     else:
         raise UnknownFloorError("as many classes as directions in which features vary: the expectation is infinite")
+    if value <= 0:
+        raise UnknownFloorError("features vary in too many directions for so few samples")
     factor = freedom / total * (total - float(counts.square().sum()) / total) / p
-    return factor * max(value, 0.0), factor * error
+    return factor * value, factor * error
+
+
+def _data_error(sketch: Tensor, freedom: int, value: Callable[[Tensor], float]) -> float:
+    """Standard deviation of a value over covariances of as many Gaussian samples as these are of."""
+    generator = torch.Generator().manual_seed(1)
+    values, vectors = torch.linalg.eigh(sketch)
+    root = vectors * values.clamp(min=0).sqrt()
+    found = []
+    for _ in range(_RESAMPLED):
+        draw = root @ torch.randn(len(root), freedom, generator=generator, dtype=torch.float64)
+        found.append(value(draw @ draw.mT / freedom))
+    return float(torch.tensor(found, dtype=torch.float64).std())
+
+
+def _of_sketch(sketch: Tensor, p: int, freedom: int) -> float:
+    return _regressions(torch.linalg.inv(sketch), p, freedom)
 
 
 def _by_jackknife(sketch: Tensor, p: int, freedom: int) -> tuple[float, float]:
@@ -84,14 +113,14 @@ def _by_jackknife(sketch: Tensor, p: int, freedom: int) -> tuple[float, float]:
     return value, float(((size - 1) * spread).sqrt())
 
 
-def _by_drawing(covariance: Tensor, p: int, freedom: int, rows: int) -> tuple[float, float]:
+def _by_drawing(covariance: Tensor, p: int, freedom: int, rows: int, draws: int = _DRAWS) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     found = []
-    for _ in range(_DRAWS):
+    for _ in range(draws):
         draw = torch.randn(rows, len(covariance), generator=generator, dtype=torch.float64)
         found.append(_regressions(torch.linalg.inv(draw @ covariance @ draw.mT), p, freedom))
     values = torch.tensor(found, dtype=torch.float64)
-    return float(values.mean()), float(values.std() / _DRAWS**0.5)
+    return float(values.mean()), float(values.std() / draws**0.5)
 
 
 def _regressions(inverse: Tensor, p: int, freedom: int) -> float:

@@ -310,8 +310,16 @@ def test_predictions_must_fit_too():
     scatter = scatter_of(*blobs(), 4)
     with pytest.raises(ValueError, match="2 samples came with 1 predictions"):
         scatter.update(torch.zeros(2, 30), torch.tensor([0, 1]), torch.tensor([0]))
-    with pytest.raises(ValueError, match=r"`predictions` must lie in -1\.\.3"):
-        scatter.update(torch.zeros(2, 30), torch.tensor([0, 1]), torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"`predictions` must lie in -1\.\., got -2\.\.0"):
+        scatter.update(torch.zeros(2, 30), torch.tensor([0, 1]), torch.tensor([0, -2]))
+
+
+def test_an_output_that_is_no_class_is_a_prediction_that_misses():
+    (features, labels), scatter = blobs(), scatter_of(*blobs(), 4)
+    before = float(scatter["predicted_is_label"].sum())
+    scatter.update(features[:2], labels[:2], torch.tensor([4, 7]))
+    assert float(scatter["predicted"].sum()) - float(scatter_of(features, labels, 4)["predicted"].sum()) == 2
+    assert float(scatter["predicted_is_label"].sum()) == before
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
