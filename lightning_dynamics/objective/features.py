@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_dynamics.objective.layers import Anatomy, Tap, discover
 from lightning_dynamics.objective.numerics import in_full_precision
@@ -17,8 +19,10 @@ from lightning_dynamics.objective.replay import Replay
 Reduction = Literal["flatten", "pool"]
 """How a layer's output of shape ``(n, channels, …)`` becomes ``(n, d)``: all of it, or its mean over all positions."""
 
-FeatureFn = Callable[[Tensor, str], Tensor]
-"""What to take for a layer's features: a function of what was tapped and the tap's name that returns ``(rows, d)``."""
+# without its return type, which configuration files would ask of the function itself
+FeatureFn = Callable[[Tensor, str], Any]
+"""What to take for a layer's features: a function of what was tapped and the tap's name that returns ``(rows, d)``.
+The classifier's scores are given to it too, where they are not a matrix with one row per label."""
 
 _CACHE = 1 << 28  # bytes of features that are kept from one pass over the data to the next
 _IGNORED = -100  # label that PyTorch's losses leave out
@@ -120,8 +124,11 @@ class FeatureReader:
 
     @property
     def names(self) -> list[str]:
-        """Names and types of the network's submodules."""
-        return [f"{name} {type(module).__qualname__}" for name, module in self._source.module.named_modules()]
+        """Names, types and sizes of the network's submodules."""
+        return [
+            f"{name} {type(module).__qualname__} {_sizes(module)}"
+            for name, module in self._source.module.named_modules()
+        ]
 
     @property
     def parts(self) -> list[str]:
@@ -186,12 +193,20 @@ class FeatureReader:
         for number in numbers:
             batch = self._features(number, plan)
             if kept is not None and batch.bytes * len(numbers) * len(self.parts) <= _CACHE:
-                kept.append(batch)
+                kept.append(_alone(batch))
             else:
                 kept = None
             yield batch
         if kept is not None:
             self._cached[part] = kept
+
+    def keeps(self, part: str) -> bool:
+        """Whether the next pass over a part will find its features kept."""
+        return part in self._cached
+
+    def forget(self, part: str) -> None:
+        """Read a part anew in the next pass."""
+        self._cached.pop(part, None)
 
     def _begin(self, number: int) -> Any:
         """A batch as the network receives it, the module in the state that every run starts from."""
@@ -202,7 +217,9 @@ class FeatureReader:
         source, feeding = self._source, self._source.feeding
         batch = self._begin(number)
         labels = self._labels(batch, feeding.target, plan.num_classes)
-        subclasses = None if feeding.subclass is None else self._labels(batch, feeding.subclass)
+        subclasses = None if feeding.subclass is None else self._labels(batch, feeding.subclass, name="subclass_fn")
+        if subclasses is not None and bool(((subclasses < 0) & (labels >= 0)).any()):
+            raise ValueError("`subclass_fn` gives no subclass to rows that have a label.")
         captured, logits = self._captured(number, batch, list(plan.taps.values()), plan.head)
         features = {}
         for name, tap in plan.taps.items():
@@ -214,20 +231,29 @@ class FeatureReader:
                     "label."
                 )
             features[name] = rows
+        if feeding.feature_fn is not None and isinstance(logits, Tensor) and not _fits(logits, labels):
+            logits = feeding.feature_fn(logits, plan.head or "output")
         counts = (labels != _IGNORED) if source._weights[number] else torch.zeros_like(labels, dtype=torch.bool)
         found = FeatureBatch(features, labels, _predictions(logits, labels, plan.num_classes), subclasses)
         return found if bool(counts.all()) else _selected(found, counts)
 
-    def _labels(self, batch: Any, target: Callable[[Any], Any], num_classes: int | None = None) -> Tensor:
-        labels = _plain_labels(target(batch))
+    def _labels(
+        self,
+        batch: Any,
+        target: Callable[[Any], Any],
+        num_classes: int | None = None,
+        name: str = "target_fn",
+    ) -> Tensor:
+        labels = _plain_labels(target(batch), name)
         counted = labels[labels != _IGNORED]
         if len(counted) and (int(counted.min()) < 0 or (num_classes is not None and int(counted.max()) >= num_classes)):
             what = "from 0 on" if num_classes is None else f"from 0 to {num_classes - 1}, one for each class"
             raise ValueError(
                 f"Labels must be integers {what}; there are some from {int(counted.min())} to {int(counted.max())}. "
-                "Say with `target_fn=` what a batch's labels are, or with `num_classes=` how many classes there are."
+                f"Say with `{name}=` what a batch's labels are, or with `num_classes=` how many classes there are."
             )
-        return labels if num_classes is None else labels.to(torch.int64)
+        # the forward pass may write into the batch
+        return labels.clone()
 
     def _captured(self, number: int, batch: Any, taps: list[Tap], head: str | None) -> tuple[dict[str, Tensor], Any]:
         """What the taps give on a batch, and the classifier's output (or the network's, where there is none)."""
@@ -271,10 +297,11 @@ def _tapped(root: nn.Module, tap: Tap, copies: bool, caught: dict[str, tuple[Ten
                 f"`{tap.name}` is used more than once in one forward pass, so that it has no one value. Name the "
                 "modules around it, or run the network once with `forward_fn=`."
             )
-        tensor = tap.pick(args, kwargs, output)
+        tensor = tap.pick(args, kwargs, output).detach()
         if not tensor.is_floating_point() or not tensor.dim():
             raise ValueError(f"What `{tap.name}` gives is {_described(tensor)}, not one row of numbers per sample.")
-        tensor = tensor.clone() if copies else tensor
+        # what runs in inference mode does not count how often it is written to
+        tensor = tensor.clone() if copies or tensor.is_inference() else tensor
         caught[tap.name] = (tensor, _version(tensor))
 
     if tap.side == "output":
@@ -311,13 +338,16 @@ def _as_matrix(tensor: Tensor, reduction: Reduction | None, name: str, feature_f
     return tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
 
 
-def _plain_labels(given: Any) -> Tensor:
+def _plain_labels(given: Any, name: str = "target_fn") -> Tensor:
     """Labels as integers, shape ``(n,)``.
 
     Raises:
         ValueError: If they are anything else than one class for each row.
     """
-    cure = "Say with `target_fn=` what a batch's labels are: integers, one for each row of features."
+    cure = f"Say with `{name}=` what a batch's labels are: integers, one for each row of features."
+    if isinstance(given, (list, np.ndarray)):
+        with suppress(TypeError, ValueError):
+            given = torch.as_tensor(given)
     if not isinstance(given, Tensor):
         raise ValueError(f"There are no labels to be found: expected a tensor, got {_described(given)}. {cure}")
     labels: Tensor = given
@@ -340,12 +370,28 @@ def _plain_labels(given: Any) -> Tensor:
 
 def _predictions(logits: Any, labels: Tensor, num_classes: int) -> Tensor | None:
     """The class that each row is taken for; one output stands for two classes."""
-    if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.numel() != len(labels) * logits.shape[-1]:
+    if not _fits(logits, labels):
         return None
-    logits = logits.flatten(0, -2)
-    if logits.shape[1] == 1:
-        return (logits[:, 0] > 0).to(torch.int64) if num_classes == 2 else None
-    return logits.argmax(1) if logits.shape[1] >= num_classes else None
+    scores: Tensor = logits
+    if scores.shape[1] == 1:
+        return (scores[:, 0] > 0).to(torch.int64) if num_classes == 2 else None
+    return scores.argmax(1)
+
+
+def _fits(logits: Any, labels: Tensor) -> bool:
+    """Whether there is one row of scores for each label."""
+    return isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(labels) and logits.shape[1] > 0
+
+
+def _alone(batch: FeatureBatch) -> FeatureBatch:
+    """The same without what much larger tensors they are views of (one token of a sequence)."""
+    features = {
+        name: tensor
+        if tensor.untyped_storage().nbytes() <= 2 * tensor.numel() * tensor.element_size()
+        else tensor.clone()
+        for name, tensor in batch.features.items()
+    }
+    return replace(batch, features=features)
 
 
 def _selected(batch: FeatureBatch, rows: Tensor) -> FeatureBatch:
@@ -356,6 +402,10 @@ def _selected(batch: FeatureBatch, rows: Tensor) -> FeatureBatch:
         predictions=None if batch.predictions is None else batch.predictions[rows.to(batch.predictions.device)],
         subclasses=None if batch.subclasses is None else batch.subclasses[rows.to(batch.subclasses.device)],
     )
+
+
+def _sizes(module: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(p.shape) for p in module.parameters(recurse=False) if not is_lazy(p)]
 
 
 def _kept(tensor: Tensor) -> Tensor:

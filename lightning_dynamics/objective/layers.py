@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -299,10 +299,23 @@ class _Recorder(TorchFunctionMode):
         call.returned = returned if isinstance(returned, str) else self._value(returned)
         call.outputs = self._nodes(_tensors(output))
         call.end = self._tick()
-        if call.inputs and not self.ancestors(call.outputs) & call.inputs:  # computed out of sight (scripted code)
+        if call.inputs and not self._reaches(call.outputs, call.inputs):  # computed out of sight (scripted code)
             for node in call.outputs:
                 self.parents.setdefault(node, set()).update(call.inputs)
         self.calls.append(call)
+
+    def _reaches(self, nodes: Iterable[Node], sources: frozenset[Node]) -> bool:
+        """Whether any of these was computed from one of the sources; what is near is looked at first."""
+        seen: set[Node] = set()
+        waiting = deque(nodes)
+        while waiting:
+            node = waiting.popleft()
+            if node in sources:
+                return True
+            if node not in seen:
+                seen.add(node)
+                waiting.extend(self.parents.get(node, ()))
+        return False
 
     def ancestors(self, nodes: Iterable[Node], without: frozenset[Node] = frozenset()) -> set[Node]:
         """These nodes and all that they were computed from, by ways that avoid others."""

@@ -15,6 +15,7 @@ def in_full_precision(cudnn: bool = True) -> Iterator[None]:
     - Compiled code runs eagerly: hooks fire, and the compiled training graph is left as it was.
     - float32 matrix products in full precision (no TF32, no bfloat16 passes).
     - cuDNN deterministic, without autotuning.
+    - Attention module by module: a fused path would go around the submodules, and their hooks.
 
     Args:
         cudnn: Whether cuDNN may be used where it is.
@@ -31,7 +32,18 @@ def in_full_precision(cudnn: bool = True) -> Iterator[None]:
             )
         )
         stack.enter_context(_full_matmul_precision())
+        stack.enter_context(_without_fused_layers())
         yield
+
+
+@contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
