@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import time
@@ -18,8 +19,8 @@ from lightning.pytorch import LightningModule, Trainer
 import lightning_dynamics
 from lightning_dynamics import _compat
 from lightning_dynamics.callbacks.ranks import Ranks
-from lightning_dynamics.recording.figures import DensityView
-from lightning_dynamics.recording.quantity import QuantityTable, about_text
+from lightning_dynamics.recording.figures import DensityView, DepthLine, DepthView, View
+from lightning_dynamics.recording.quantity import QuantityTable, about_text, of_layer
 from lightning_dynamics.recording.record import (
     Parent,
     Record,
@@ -123,15 +124,43 @@ class Journal:
 
     def write(self, records: Iterable[Record], logged: Mapping[str, float], step: int) -> None:
         """Keep records of one step, and log values at it in one call."""
-        densities: list[DensityView] = []
+        views: list[View] = []
+        is_last = False
         for record in records:
-            densities += _densities(record, self._tables)
+            is_last = is_last or record.final
             # a resumed run may finish a pair that the interrupted one finished after its checkpoint
             self.records = [r for r in self.records if r.step != record.step or r.monitor != record.monitor]
             self.records.append(record)
             if self._file is not None:
                 self._try_to(partial(self._file.append, record))
-        self._writer.write(logged, step, densities)
+            views += [*_densities(record, self._tables), *self._through_depth(record)]
+        self._writer.write(logged, step, views, is_last)
+
+    def _through_depth(self, record: Record) -> Iterator[DepthView]:
+        """The layers of a record, with those of the records before it that have the same."""
+        layers = list(record.notes.get("layers", ()))
+        if len(layers) < 2:
+            return
+        for table in self._tables:
+            for quantity, key in table.of_form("depth"):
+                names = [f"{table.family}/{name}" for pair in quantity.shows for name in pair if name is not None]
+                if any(name in record.scalars for name in names):
+                    lines = partial(self._lines, record.monitor, layers, names, f"{table.family}/")
+                    yield DepthView(key, layers, quantity.shows, lines, table.title)
+
+    def _lines(self, monitor: str, layers: list[str], names: list[str], start: str) -> list[DepthLine]:
+        return [
+            DepthLine(
+                each.step,
+                each.epoch,
+                {
+                    name.removeprefix(start): [each.scalars.get(of_layer(name, k), math.nan) for k in layers]
+                    for name in names
+                },
+            )
+            for each in self.records
+            if each.monitor == monitor and list(each.notes.get("layers", ())) == layers
+        ]
 
     def lineage(self) -> dict[str, Any]:
         """What a checkpoint needs to go on with this run."""
@@ -158,7 +187,7 @@ class Journal:
 def _densities(record: Record, tables: Sequence[QuantityTable]) -> Iterator[DensityView]:
     """The spectra of a record."""
     for table in tables:
-        for quantity, key in table.densities():
+        for quantity, key in table.of_form("density"):
             if f"{key}_nodes" in record.arrays:
                 spectrum = record.notes["spectrum"]
                 yield DensityView(
@@ -206,7 +235,8 @@ def _facts(header: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         probe = monitor["probe"]
         share = "" if probe["fraction"] is None else f" of {probe['N']} ({100 * probe['fraction']:.3g} %)"
         yield f"{label}, data", f"{probe['kind']}" + (f", {probe['n']} samples{share}" if probe["n"] else "")
-        yield f"{label}, threshold", monitor["threshold_rule"]
+        if "threshold_rule" in monitor:
+            yield f"{label}, threshold", monitor["threshold_rule"]
         yield f"{label}, cadence", monitor["cadence"]
     yield "versions", ", ".join(f"{name} {version}" for name, version in header["versions"].items())
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+LAST_LAYER = "last"
+"""The layer whose quantities have no layer in their keys."""
+
 ErrorKind = Literal["exact", "bound", "standard error", "none"]
 """Exact up to rounding; a bound on the error; a standard error; or no statement."""
 
@@ -25,8 +28,11 @@ class Quantity:
         panel: Title of the chart that it is drawn in; quantities of one panel share a chart.
         on_by_default: Whether it is logged unless asked otherwise.
         per_layer: Whether there is one for each layer, under ``<key>/<layer>``.
-        form: ``"scalar"``, or ``"density"`` for a spectrum: the record then holds the arrays ``<key>_nodes`` and
-            ``<key>_weights`` instead of a scalar, and loggers draw them.
+        form: ``"scalar"``; ``"density"`` for a spectrum: the record then holds the arrays ``<key>_nodes`` and
+            ``<key>_weights`` instead of a scalar, and loggers draw them; ``"depth"`` for a figure of quantities by
+            layer, drawn from the scalars of all records so far.
+        shows: What a figure through depth shows: pairs of the key of a quantity and of what noise alone makes of it, or
+            None.
     """
 
     key: str
@@ -38,7 +44,13 @@ class Quantity:
     panel: str
     on_by_default: bool = True
     per_layer: bool = False
-    form: Literal["scalar", "density"] = "scalar"
+    form: Literal["scalar", "density", "depth"] = "scalar"
+    shows: tuple[tuple[str, str | None], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The key as it is shown: with a place for the layer where there is one for each."""
+        return f"{self.key}/<layer>" if self.per_layer else self.key
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class QuantityTable:
 
     def keys(self, *, default_only: bool = False) -> list[str]:
         """Full keys, family included."""
-        return [f"{self.family}/{q.key}" for q in self.quantities if q.on_by_default or not default_only]
+        return [f"{self.family}/{q.name}" for q in self.quantities if q.on_by_default or not default_only]
 
     def is_on_by_default(self, key: str) -> bool:
         """Whether a full key, that of a layer included, is logged unless asked otherwise."""
@@ -67,14 +79,14 @@ class QuantityTable:
             for q in self.quantities
         )
 
-    def only(self, keys: Iterable[str]) -> QuantityTable:
-        """The same with the quantities of these keys, given without the family."""
-        wanted = set(keys)
-        return replace(self, quantities=tuple(q for q in self.quantities if q.key in wanted))
+    def only(self, names: Iterable[str]) -> QuantityTable:
+        """The same with the quantities of these names, given without the family."""
+        wanted = set(names)
+        return replace(self, quantities=tuple(q for q in self.quantities if q.name in wanted))
 
-    def densities(self) -> list[tuple[Quantity, str]]:
-        """The spectra, with their full keys."""
-        return [(q, f"{self.family}/{q.key}") for q in self.quantities if q.form == "density"]
+    def of_form(self, form: str) -> list[tuple[Quantity, str]]:
+        """The quantities of this form, with their full keys."""
+        return [(q, f"{self.family}/{q.key}") for q in self.quantities if q.form == form]
 
     def panels(self) -> dict[str, list[str]]:
         """Regular expressions for the full keys of curves, anchored at both ends, by the title of their chart."""
@@ -85,13 +97,10 @@ class QuantityTable:
                 panels.setdefault(q.panel, []).append(f"^{re.escape(f'{self.family}/{q.key}')}{layer}$")
         return panels
 
-    def _shown(self, quantity: Quantity) -> str:
-        return f"{quantity.key}/<layer>" if quantity.per_layer else quantity.key
-
     def describe(self) -> dict[str, dict[str, str]]:
         """The declarations by full key, as they stand in a record file's header."""
         return {
-            f"{self.family}/{self._shown(q)}": {
+            f"{self.family}/{q.name}": {
                 "symbol": q.symbol,
                 "unit": q.unit,
                 "definition": q.definition,
@@ -101,6 +110,11 @@ class QuantityTable:
             }
             for q in self.quantities
         }
+
+
+def of_layer(key: str, layer: str) -> str:
+    """The key of a quantity at a layer."""
+    return key if layer == LAST_LAYER else f"{key}/{layer}"
 
 
 def layer_keys(names: Iterable[str]) -> dict[str, str]:
@@ -137,7 +151,7 @@ def about_text(tables: Iterable[QuantityTable], facts: Iterable[tuple[str, str]]
             "|---|---|---|---|---|---|",
         ]
         for q in table.quantities:
-            cells = (f"`{table.family}/{table._shown(q)}`", q.symbol, q.unit, q.definition, q.error, q.source)
+            cells = (f"`{table.family}/{q.name}`", q.symbol, q.unit, q.definition, q.error, q.source)
             lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_dynamics.recording.quantity import of_layer
+
 SCHEMA = 1
 STEM = "dynamics"
 
@@ -45,6 +47,20 @@ class Record:
     time: float = 0.0
     seconds: float = 0.0
     final: bool = False
+
+    def through_depth(self, key: str, errors: bool = False) -> dict[str, float]:
+        """A quantity at every layer where it has a value, from the input to the last one.
+
+        Args:
+            key: Its full key, ``"collapse/cdnv"``.
+            errors: Its errors instead.
+
+        Returns:
+            Values by layer; empty where the monitor measures no layers.
+        """
+        found = self.errors if errors else self.scalars
+        keys = {layer: of_layer(key, layer) for layer in self.notes.get("layers", ())}
+        return {layer: found[full] for layer, full in keys.items() if full in found}
 
     def to_json(self) -> dict[str, Any]:
         reasons: dict[str, str] = {}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
 from lightning_dynamics.recording.charts import custom_scalars_layout
-from lightning_dynamics.recording.figures import DensityView, rendered
+from lightning_dynamics.recording.figures import View, rendered
 from lightning_dynamics.recording.quantity import QuantityTable
 
 
@@ -37,36 +38,37 @@ class LoggerWriter:
         for logger in self._loggers:
             self._guard(logger, partial(_introduce, logger, tables, about))
 
-    def write(self, scalars: Mapping[str, float], step: int, densities: Sequence[DensityView] = ()) -> None:
-        """Log the finite ones of these values at x = ``step``, all in one call; and spectra, where they can be drawn.
+    def write(self, scalars: Mapping[str, float], step: int, views: Sequence[View] = (), is_last: bool = False) -> None:
+        """Log the finite ones of these values at x = ``step``, all in one call; and what can be drawn.
 
         Args:
             scalars: Values by key.
             step: x.
-            densities: Spectra of this step.
+            views: What can be drawn of this step.
+            is_last: Whether training has ended.
         """
         finite: dict[str, Any] = {key: float(value) for key, value in scalars.items() if math.isfinite(value)}
-        if not finite and not densities:
+        if not finite and not views:
             return
-        images = {view.key: self._image(view, step) for view in densities if self._shows_images}
+        drawn = [_Drawn(view, self._image(view, step, is_last) if self._shows_images else None) for view in views]
         for logger in self._loggers:
-            self._guard(logger, partial(_write, logger, finite, step, densities, images))
+            self._guard(logger, partial(_write, logger, finite, step, drawn))
 
     @property
     def _shows_images(self) -> bool:
         return any(_draws(logger) for logger in self._loggers)
 
-    def _image(self, view: DensityView, step: int) -> Tensor | None:
-        """The picture of a spectrum; not of each one, since TensorBoard shows ten of a kind."""
+    def _image(self, view: View, step: int, is_last: bool) -> Tensor | None:
+        """The picture of a view; not of each one, since TensorBoard shows ten of a kind."""
         self._drawn[view.key] = count = self._drawn.get(view.key, 0) + 1
-        if count & (count - 1):  # the first, second, fourth, eighth …
+        if count & (count - 1) and not is_last:  # the first, second, fourth, eighth …
             return None
         try:
             return rendered(view.figure(step))
         except ImportError:
             if "matplotlib" not in self._warned:
                 self._warned.add("matplotlib")
-                warnings.warn("Spectra are logged as histograms only: figures need matplotlib.", stacklevel=2)
+                warnings.warn("Only histograms are logged: figures need matplotlib.", stacklevel=2)
         except Exception as error:
             self._on_failure()
             warnings.warn(f"A figure of {view.key} could not be drawn: {error!r}", stacklevel=2)
@@ -102,45 +104,63 @@ def _draws(logger: Any) -> bool:
         return False
 
 
-def _write(
-    logger: Any, scalars: Mapping[str, Any], step: int, densities: Sequence[DensityView], images: Mapping[str, Any]
-) -> None:
+@dataclass(frozen=True)
+class _Drawn:
+    """A view, its histogram and its picture, as far as there are any."""
+
+    view: View
+    image: Tensor | None
+
+    @cached_property
+    def histogram(self) -> tuple[Tensor, Tensor] | None:
+        return self.view.histogram()
+
+    @property
+    def image_key(self) -> str:
+        """The key, unless a histogram has it."""
+        return self.view.key if self.histogram is None else f"{self.view.key}_figure"
+
+
+def _write(logger: Any, scalars: Mapping[str, Any], step: int, drawn: Sequence[_Drawn]) -> None:
     row = dict(scalars)
-    if densities and _is_wandb(logger):
+    if drawn and _is_wandb(logger):
         # one row per measurement: everything in one call
-        row.update(_for_wandb(densities, images))
+        row.update(_for_wandb(drawn))
     if row:
         logger.log_metrics(row, step=step)
-    if densities and not _is_wandb(logger) and _is_tensorboard(logger):
-        for view in densities:
-            values, edges = view.histogram()
-            middles = (edges[1:] + edges[:-1]) / 2
-            logger.experiment.add_histogram_raw(
-                view.key,
-                min=float(edges[0]),
-                max=float(edges[-1]),
-                num=float(values.sum()),
-                sum=float((values * middles).sum()),
-                sum_squares=float((values * middles.square()).sum()),
-                bucket_limits=edges[1:].tolist(),
-                bucket_counts=values.tolist(),
-                global_step=step,
-            )
-            image = images.get(view.key)
-            if image is not None:
-                logger.experiment.add_image(f"{view.key}_figure", image, step, dataformats="HWC")
+    if drawn and not _is_wandb(logger) and _is_tensorboard(logger):
+        for each in drawn:
+            if each.histogram is not None:
+                _add_histogram(logger.experiment, each.view.key, *each.histogram, step)
+            if each.image is not None:
+                logger.experiment.add_image(each.image_key, each.image, step, dataformats="HWC")
 
 
-def _for_wandb(densities: Sequence[DensityView], images: Mapping[str, Any]) -> dict[str, Any]:
+def _add_histogram(experiment: Any, key: str, values: Tensor, edges: Tensor, step: int) -> None:
+    middles = (edges[1:] + edges[:-1]) / 2
+    experiment.add_histogram_raw(
+        key,
+        min=float(edges[0]),
+        max=float(edges[-1]),
+        num=float(values.sum()),
+        sum=float((values * middles).sum()),
+        sum_squares=float((values * middles.square()).sum()),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=values.tolist(),
+        global_step=step,
+    )
+
+
+def _for_wandb(drawn: Sequence[_Drawn]) -> dict[str, Any]:
     import wandb
 
     row: dict[str, Any] = {}
-    for view in densities:
-        values, edges = view.histogram()
-        row[view.key] = wandb.Histogram(np_histogram=(values.numpy(), edges.numpy()))
-        image = images.get(view.key)
-        if image is not None:
-            row[f"{view.key}_figure"] = wandb.Image(image.numpy())
+    for each in drawn:
+        if each.histogram is not None:
+            values, edges = each.histogram
+            row[each.view.key] = wandb.Histogram(np_histogram=(values.numpy(), edges.numpy()))
+        if each.image is not None:
+            row[each.image_key] = wandb.Image(each.image.numpy())
     return row
 
 

@@ -1,9 +1,10 @@
+import math
 import sys
 
 import pytest
 import torch
 
-from lightning_dynamics.recording.figures import DensityView, rendered
+from lightning_dynamics.recording.figures import DensityView, DepthLine, DepthView, rendered
 from lightning_dynamics.recording.writer import LoggerWriter
 
 
@@ -144,3 +145,75 @@ def test_a_figure_that_cannot_be_drawn_costs_itself(monkeypatch):
         writer.write({"a": 1.0}, 0, [view()])
     assert failures
     assert logger.rows
+
+
+def through_depth(layers=3, **changes):
+    lines = [
+        DepthLine(10 * t, t, {"nc1": [10.0 ** -(i + t) for i in range(layers)], "floor": [0.5] * layers})
+        for t in range(4)
+    ]
+    named = [f"layer_{i}" for i in range(layers)]
+    values = {
+        "layers": named,
+        "panels": [("nc1", "floor")],
+        "lines": lambda: lines,
+        "title": "Neural collapse",
+        **changes,
+    }
+    return DepthView("collapse/depth", **values)
+
+
+def test_depth_is_drawn_line_by_line_over_time():
+    figure = through_depth().figure(30)
+    axes, bar = figure.axes
+    drawn = [line.get_ydata().tolist() for line in axes.lines]
+    assert drawn[:4] == [[10.0 ** -(i + t) for i in range(3)] for t in range(4)]
+    assert drawn[4] == [0.5] * 3  # what noise alone gives
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylabel() == "NC1"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["layer_2", "layer_1", "layer_0"]
+    assert axes.get_xticks().tolist() == [2, 1, 0]
+    assert bar.get_ylabel() == "epoch"
+    colours = [line.get_color() for line in axes.lines[:4]]
+    assert len(set(map(tuple, colours))) == 4
+    # later is darker, in print and for every reader
+    brightness = [sum(colour[:3]) for colour in colours]
+    assert brightness == sorted(brightness, reverse=True)
+
+
+def test_within_one_epoch_time_is_counted_in_steps():
+    lines = [DepthLine(step, 0, {"nc1": [1.0, 0.1]}) for step in (0, 5)]
+    figure = through_depth(layers=2, panels=[("nc1", None)], lines=lambda: lines).figure()
+    assert figure.axes[1].get_ylabel() == "step"
+
+
+def test_of_many_lines_some_are_drawn_the_first_and_the_last_included():
+    lines = [DepthLine(round(1.2**t), 0, {"nc1": [1.0, 1.0 / (t + 1)]}) for t in range(60)]
+    figure = through_depth(layers=2, panels=[("nc1", None)], lines=lambda: lines).figure()
+    ends = [line.get_ydata()[1] for line in figure.axes[0].lines]
+    assert len(ends) <= 24
+    assert (ends[0], ends[-1]) == (1.0, 1.0 / 60)
+
+
+@pytest.mark.parametrize("layers", [2, 40])
+def test_values_that_a_logarithm_does_not_have_leave_gaps_and_nothing_overflows(layers):
+    lines = [DepthLine(0, 0, {"nc1": [0.0, math.nan, *[1.0] * (layers - 2)]})]
+    names = [f"backbone_stage_{i}_block_with_a_long_name" for i in range(layers)]
+    pixels = rendered(DepthView("collapse/depth", names, [("nc1", None)], lambda: lines, "Neural collapse").figure(1))
+    assert pixels.shape[0] > 300
+    assert (pixels != 255).any()
+
+
+def test_of_many_or_long_names_some_are_shown_by_what_tells_them_apart():
+    layers = [f"backbone_stage_{i}_block_with_a_long_name" for i in range(40)]
+    lines = [DepthLine(0, 0, {"nc1": [1.0] * 40})]
+    figure = DepthView(
+        "collapse/depth", [*layers[:-1], "last"], [("nc1", None)], lambda: lines, "Neural collapse"
+    ).figure()
+    texts = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert texts[:2] == ["last", "36_block_with_a_…"]
+    assert len(texts) <= 14
+
+
+def test_depth_has_no_histogram():
+    assert through_depth().histogram() is None
