@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_dynamics.callbacks import HessianMonitor, Probe, Spectrum
+    from lightning_dynamics.callbacks import HessianMonitor, NeuralCollapseMonitor, Probe, Spectrum
     from lightning_dynamics.recording import Record, read_records
 
 __version__ = "0.1.0.dev0"
@@ -14,13 +14,14 @@ __version__ = "0.1.0.dev0"
 # loaded on first use, so that `linalg`, `objective` and `metrics` work where Lightning is not
 _PUBLIC = {
     "HessianMonitor": "lightning_dynamics.callbacks",
+    "NeuralCollapseMonitor": "lightning_dynamics.callbacks",
     "Probe": "lightning_dynamics.callbacks",
     "Record": "lightning_dynamics.recording",
     "Spectrum": "lightning_dynamics.callbacks",
     "read_records": "lightning_dynamics.recording",
 }
 
-__all__ = ["HessianMonitor", "Probe", "Record", "Spectrum", "read_records"]
+__all__ = ["HessianMonitor", "NeuralCollapseMonitor", "Probe", "Record", "Spectrum", "read_records"]
 
 
 def __getattr__(name: str) -> Any:

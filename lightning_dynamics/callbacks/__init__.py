@@ -1,8 +1,19 @@
 """When to measure and what to name it: the monitors, and what they share."""
 
 from lightning_dynamics.callbacks.base import DynamicsMonitor
+from lightning_dynamics.callbacks.curvature import CurvatureMonitor
+from lightning_dynamics.callbacks.feature_monitor import FeatureMonitor
 from lightning_dynamics.callbacks.hessian import HessianMonitor
 from lightning_dynamics.callbacks.hessian_spectrum import Spectrum
+from lightning_dynamics.callbacks.neural_collapse import NeuralCollapseMonitor
 from lightning_dynamics.callbacks.probe import Probe
 
-__all__ = ["DynamicsMonitor", "HessianMonitor", "Probe", "Spectrum"]
+__all__ = [
+    "CurvatureMonitor",
+    "DynamicsMonitor",
+    "FeatureMonitor",
+    "HessianMonitor",
+    "NeuralCollapseMonitor",
+    "Probe",
+    "Spectrum",
+]

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
@@ -41,6 +42,8 @@ class ReplayOptions:
     precision: Literal["float32", "same"] = "float32"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.probe, Probe):
+            raise MisconfigurationException(f"`probe` must be a Probe, got {self.probe!r}.")
         check_choice("mode", self.mode, ("train", "eval"))
         check_choice("precision", self.precision, ("float32", "same"))
 
@@ -122,13 +125,20 @@ class ModuleRun:
             "context": nullcontext if narrow and not self._as_trained else trainer.precision_plugin.train_step_context,
         }
 
-    def ready(self, item: Item) -> Any:
-        """The batch of a probe item as the training step receives it."""
+    def ready(self, item: Item, validates: bool = False) -> Any:
+        """The batch of a probe item as the step receives it, that of training or that of validation."""
         batch, _, is_ready = item
         if is_ready:
             return move_data_to_device(batch, self._module.device)
-        # the precision plugin may narrow the batch, as it does in training
-        return private_copy(_compat.ready_batch(self._trainer, self._module, batch), self._dtype)
+        state = self._trainer.state
+        stage = state.stage
+        try:
+            if validates:  # hooks that augment ask for the stage
+                state.stage = RunningStage.VALIDATING
+            # the precision plugin may narrow the batch, as it does in training
+            return private_copy(_compat.ready_batch(self._trainer, self._module, batch), self._dtype)
+        finally:
+            state.stage = stage
 
     def _kept(self) -> list[object]:
         """Objects that stay themselves: everything of the Trainer's."""

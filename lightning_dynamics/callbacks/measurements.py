@@ -71,10 +71,10 @@ class Measurements:
             if options.key in self._checked:
                 continue
             items = self._current_items(monitor, batch)
-            if not all(items):
+            if not items[0]:
                 continue
             self._checked.add(options.key)
-            some = [self._ends(part) for part in items]
+            some = [self._ends(part) for part in items if part]
             result, shared = self._preflight(monitor, some)
             if isinstance(result, Failure) and result.is_asymmetry and not shared and options.precision != "same":
                 # in single precision that may be rounding, after good training: ask in double precision
@@ -91,9 +91,10 @@ class Measurements:
                 self._ledger.skip(monitor, result)
 
     def _current_items(self, monitor: DynamicsMonitor[Any], batch: Any) -> list[list[ProbeItem]]:
-        """This rank's batches of each of a monitor's probes; of one that does not hold any yet, the current batch."""
+        """This rank's batches of each of a monitor's probes; where the first does not hold any, the current batch."""
+        first, *others = [data.items for data in self._probes.all_of(monitor)]
         instead = [] if batch is None else [self._current(batch)]
-        return [data.items or instead for data in self._probes.all_of(monitor)]
+        return [first or instead, *others]
 
     def _ends(self, items: list[ProbeItem]) -> list[ProbeItem]:
         """The first batch; and the last one where it is shorter, on any rank."""
@@ -132,7 +133,7 @@ class Measurements:
 
     def take(self, when: When, roles: Mapping[int, Role], batch: Any) -> None:
         """Measure what is due where the probe is complete; save the weights for what has to wait."""
-        now = {i: r for i, r in roles.items() if self._probes.are_complete(self._monitors[i])}
+        now = {i: r for i, r in roles.items() if self._probes.of(self._monitors[i]).is_complete}
         later = {i: r for i, r in roles.items() if i not in now}
         if later:
             self._save(when, later)
@@ -161,7 +162,7 @@ class Measurements:
         """Take the points that had to wait, each at the weights and the x where it belongs."""
         waiting: list[SavedWeights] = []
         for saved in self._saved:
-            ready = {i: r for i, r in saved.roles.items() if self._probes.are_complete(self._monitors[i])}
+            ready = {i: r for i, r in saved.roles.items() if self._probes.of(self._monitors[i]).is_complete}
             left = {i: r for i, r in saved.roles.items() if i not in ready}
             if ready:
                 self._measure(saved.when, ready, None, saved)

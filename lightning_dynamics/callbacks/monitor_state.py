@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_dynamics.callbacks.measured import Clipping, Measured, When
 
-_SCHEMA = 1
+_SCHEMA = 2
 _SMALL = 1 << 26  # bytes of a monitor's memory that go into a checkpoint
 _LASTING = "first_"  # how the names of memories begin that later measurements are compared with for good
 

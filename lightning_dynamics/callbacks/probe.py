@@ -99,6 +99,7 @@ class ProbeData:
         size: Samples over all ranks.
         population: Samples in the training set, None where it has no length.
         wanted: How many batches are still to be copied as they pass; 0 once the probe is complete.
+        awaits_loader: Whether the loader that it comes from is not there yet.
         kept: What a checkpoint needs to have the same data again.
     """
 
@@ -107,11 +108,12 @@ class ProbeData:
     size: int = 0
     population: int | None = None
     wanted: int = 0
+    awaits_loader: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
-        return self.wanted == 0
+        return self.wanted == 0 and not self.awaits_loader
 
     @property
     def fraction(self) -> float | None:
@@ -180,6 +182,9 @@ def read_probe(
         if items is not None:
             return ProbeData(kept["kind"], items, size=kept["size"], kept=dict(kept))
         notify("The batches of the probe are not where the checkpoint left them: the curves go on with others.")
+    if probe.split == "validation" and not loaders:
+        # with `check_val_every_n_epoch` Lightning asks for them later; to ask earlier could draw other random numbers
+        return ProbeData("the validation set, once there are loaders", awaits_loader=True)
     if probe.first_batches is not None:
         return ProbeData(f"the first {probe.first_batches} batches of training", wanted=probe.first_batches)
     source = MapStyleSource.of(loaders, probe.batch_size, num_batches * world_size, probe.split)

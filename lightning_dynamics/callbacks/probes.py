@@ -32,9 +32,6 @@ class Probes:
         """The data that a monitor measures on, and what else it needs."""
         return [self._data[probe.key] for probe in monitor.options.probes]
 
-    def are_complete(self, monitor: DynamicsMonitor[Any]) -> bool:
-        return all(data.is_complete for data in self.all_of(monitor))
-
     def to_checkpoint(self, monitor: DynamicsMonitor[Any]) -> list[dict[str, Any]]:
         """What :meth:`read` needs to have a monitor's data again."""
         return [data.to_checkpoint() for data in self.all_of(monitor)]
@@ -48,28 +45,19 @@ class Probes:
         """
         self._ranks = ranks
         loaders = _compat.training_loaders(trainer)
-        datasets = [getattr(loader, "dataset", loader) for loader in loaders]
+        validates = any(probe.split == "validation" for monitor in monitors for probe in monitor.options.probes)
+        others = _compat.validation_loaders(trainer) if validates else []
+        datasets = [getattr(loader, "dataset", loader) for loader in (*loaders, *others)]
         if len(datasets) != len(self._datasets) or any(
             one is not other for one, other in zip(datasets, self._datasets, strict=True)
         ):
             self._data.clear()
         self._datasets = datasets
         for monitor in monitors:
-            for i, probe in enumerate(monitor.options.probes):
+            for number, probe in enumerate(monitor.options.probes):
                 known = self._data.get(probe.key)
-                if known is not None and known.is_complete and not monitor._restored:
-                    continue
-                kept = _kept(monitor, i)
-                on_validation = probe.split == "validation"
-                self._data[probe.key] = read_probe(
-                    probe,
-                    _compat.validation_loaders(trainer) if on_validation else loaders,
-                    sum(trainer.num_val_batches) if on_validation else trainer.num_training_batches,
-                    ranks.rank,
-                    ranks.world_size,
-                    lambda text, label=monitor.label: notify(f"{label}: {text}"),  # type: ignore[misc]
-                    kept=kept,
-                )
+                if known is None or not known.is_complete or monitor._restored:
+                    self._data[probe.key] = _read(trainer, monitor, number, ranks, notify)
 
     def show(self, batch: Any, directory: Path | None) -> bool:
         """Copy a passing batch where one is wanted; return whether a probe has become complete.
@@ -87,6 +75,18 @@ class Probes:
                     completed = True
         return completed
 
+    def look_again(
+        self, trainer: Trainer, monitors: Sequence[DynamicsMonitor[Any]], notify: Callable[[str], None]
+    ) -> bool:
+        """Read what had no loader when training began; return whether there is any now."""
+        found = False
+        for monitor in monitors:
+            for number, probe in enumerate(monitor.options.probes):
+                if self._data[probe.key].awaits_loader and _compat.validation_loaders(trainer):
+                    self._data[probe.key] = _read(trainer, monitor, number, self._ranks, notify)
+                    found = True
+        return found
+
     def finish(self, directory: Path | None) -> None:
         """Training was shorter than a probe: what was copied is the probe."""
         for data in self._data.values():
@@ -100,7 +100,26 @@ class Probes:
         data.kept = keep_batches(data.items, self._ranks, directory)
 
 
+def _read(
+    trainer: Trainer, monitor: DynamicsMonitor[Any], number: int, ranks: Ranks, notify: Callable[[str], None]
+) -> ProbeData:
+    """One of a monitor's probes."""
+    probe = monitor.options.probes[number]
+    validates = probe.split == "validation"
+    return read_probe(
+        probe,
+        _compat.validation_loaders(trainer) if validates else _compat.training_loaders(trainer),
+        sum(trainer.num_val_batches) if validates else trainer.num_training_batches,
+        ranks.rank,
+        ranks.world_size,
+        lambda text: notify(f"{monitor.label}: {text}"),
+        kept=_kept(monitor, number),
+    )
+
+
 def _kept(monitor: DynamicsMonitor[Any], number: int) -> dict[str, Any] | None:
     """What a checkpoint kept of one of a monitor's probes."""
-    kept = (monitor._restored or {}).get("probes", [])
+    restored = monitor._restored or {}
+    # one probe alone was kept before there were several
+    kept = restored.get("probes", [restored["probe"]] if "probe" in restored else [])
     return kept[number] if number < len(kept) else None

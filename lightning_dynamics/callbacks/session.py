@@ -140,6 +140,7 @@ class Session:
             return
         assert self.journal is not None
         self._probes.finish(self.journal.directory)
+        self._probes.look_again(trainer, self.monitors, self._notices.say)
         self._fit.take_saved()
         step = _compat.curve_step(trainer)
         if step != self._last_step:
@@ -183,7 +184,8 @@ class Session:
     def _show(self, trainer: Trainer, batch: Any) -> None:
         """Let the probes that are made of passing batches see one; take the points that waited for them."""
         assert self.journal is not None
-        if self._probes.show(batch, self.journal.directory):
+        completed = self._probes.show(batch, self.journal.directory)
+        if self._probes.look_again(trainer, self.monitors, self._notices.say) or completed:
             self._fit.take_saved()
             self._flush(_compat.curve_step(trainer))
 

@@ -10,11 +10,12 @@ import re
 import lightning.pytorch as pl
 import pytest
 from helpers.fit import full_batch
-from helpers.modules import Regression
+from helpers.modules import Classification, Regression, class_data
 from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_dynamics
-from lightning_dynamics import HessianMonitor, Probe, Spectrum
+from lightning_dynamics import HessianMonitor, NeuralCollapseMonitor, Probe, Spectrum
 
 
 class Plain(Regression):
@@ -70,13 +71,13 @@ FULL = f"""
 """
 
 
-def run(tmp_path, options, monkeypatch):
+def run(tmp_path, options, monkeypatch, kind=HessianMonitor, module=Plain, data=Data):
     file = tmp_path / "config.yaml"
-    file.write_text(TRAINER + options)
+    file.write_text(TRAINER.replace("HessianMonitor", kind.__name__) + options)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["main.py", "fit", "-c", str(file)])
-    cli = LightningCLI(Plain, Data, save_config_callback=None)
-    return next(c for c in cli.trainer.callbacks if isinstance(c, HessianMonitor))
+    cli = LightningCLI(module, data, save_config_callback=None)
+    return next(c for c in cli.trainer.callbacks if isinstance(c, kind))
 
 
 def test_every_option_can_be_set_in_a_file(tmp_path, monkeypatch):
@@ -121,7 +122,64 @@ def test_stray_values_are_named(tmp_path, monkeypatch, options, message):
     assert re.search(message, printed.getvalue() + str(caught.value))
 
 
-@pytest.mark.parametrize("kind", [HessianMonitor, Probe, Spectrum])
+class Classes(pl.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*class_data()), 16)
+
+    val_dataloader = train_dataloader
+
+
+class Classifies(Classification):
+    def __init__(self, lr: float = 0.01):
+        super().__init__(lr=lr)
+
+    def logits(self, batch):
+        return self.net(batch[0])
+
+
+def labels(batch):
+    return batch[1]
+
+
+def features(tensor, layer):
+    return tensor * 1
+
+
+COLLAPSE = f"""
+        layers: [auto, "net.0"]
+        head: net.6
+        reduce: pool
+        num_classes: 3
+        probe: {{whole: true}}
+        validation: {{size: 32, split: validation}}
+        forward_fn: {{forward}}
+        target_fn: {__name__}.labels
+        subclass_fn: {__name__}.labels
+        feature_fn: {__name__}.features
+        per_class: true
+        mode: train
+        also_log: [cdnv/.*]
+        name: small
+"""
+
+
+@pytest.mark.parametrize("forward", ["logits", f"{__name__}.logits"])
+def test_every_option_of_neural_collapse_can_be_set_in_a_file(tmp_path, monkeypatch, forward):
+    options = COLLAPSE.replace("{forward}", forward)
+    monitor = run(tmp_path, options, monkeypatch, NeuralCollapseMonitor, Classifies, Classes)
+    assert monitor.options.validation == Probe(size=32, split="validation")
+    assert monitor.options.forward_fn == (forward if forward == "logits" else logits)
+    assert monitor.options.target_fn is monitor.options.subclass_fn is labels
+    assert monitor.options.feature_fn is features
+    assert list(monitor.history[-1].notes["layers"]) == ["net_0", "net_3", "last"]
+    assert "collapse_small/nc1_validation" in monitor.history[-1].scalars
+
+
+def logits(module, batch):
+    return module.net(batch[0])
+
+
+@pytest.mark.parametrize("kind", [HessianMonitor, NeuralCollapseMonitor, Probe, Spectrum])
 def test_every_option_has_a_help_text(kind):
     """jsonargparse reads it from the docstring's list of arguments or attributes."""
     text = inspect.getdoc(kind)

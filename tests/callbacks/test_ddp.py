@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.digest import user_rows
+from helpers.digest import OURS, user_rows
 from helpers.fit import fit, full_batch, mini_batches
-from helpers.modules import NoisySamples, NoisyStream, Regression, loader
+from helpers.modules import Classification, NoisySamples, NoisyStream, Regression, class_data, loader
 from helpers.state import equal
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dynamics import HessianMonitor, Probe
+from lightning_dynamics import HessianMonitor, NeuralCollapseMonitor, Probe
 from lightning_dynamics.callbacks import hessian
 from lightning_dynamics.callbacks.measurements import Measurements
 from lightning_dynamics.objective import Linearization
@@ -63,6 +64,11 @@ class Communicates(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
+def logits(module, batch):
+    module.count += 1
+    return module.net(batch[0])
+
+
 class Digest(pl.Callback):
     """Everything on every rank, brought home by rank zero."""
 
@@ -76,7 +82,7 @@ class Digest(pl.Callback):
             "gradients": [None if p.grad is None else p.grad.clone() for p in pl_module.parameters()],
             "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()),
             "count": pl_module.count,
-            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("hessian")},
+            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(OURS)},
         }
         everyone = [None] * trainer.world_size
         dist.all_gather_object(everyone, mine)
@@ -111,6 +117,10 @@ def test_a_run_on_two_ranks_is_the_run_without_monitors(tmp_path, options):
             HessianMonitor(every_n_train_steps=1, probe=Probe(size=24)),
             HessianMonitor(every_n_train_steps=2, probe=Probe(first_batches=2), name="first", monitor=True),
             HessianMonitor(every_n_train_steps=3, probe=Probe(current_batch=True), name="current", pair=False),
+            NeuralCollapseMonitor(every_n_train_steps=1, probe=Probe(size=24), forward_fn=logits),
+            NeuralCollapseMonitor(
+                every_n_train_steps=2, probe=Probe(first_batches=2), name="first", mode="train", forward_fn=logits
+            ),
         ]
 
     without = trained(tmp_path / "without", [], **options)
@@ -138,6 +148,46 @@ def test_values_do_not_depend_on_the_number_of_ranks():
             if "bottom" not in key:
                 assert both.scalars[key] == pytest.approx(value, rel=1e-4), key
         assert one.notes["probe"]["n"] == both.notes["probe"]["n"]
+
+
+def collapse(data, **options):
+    """The first record of a network that is not trained."""
+    monitor = NeuralCollapseMonitor(every_n_train_steps=1, probe=WHOLE, subclass_fn=lambda batch: batch[1] + 3)
+    fit(monitor, Classification(lr=0.0), data, max_epochs=1, **options)
+    return monitor.history[0]
+
+
+@pytest.mark.parametrize("order", ["mixed", "sorted"])
+def test_collapse_does_not_depend_on_the_number_of_ranks(order):
+    """Five batches: one rank has a repetition that does not count; of sorted samples no rank sees all classes."""
+    x, y = class_data(50)
+    if order == "sorted":
+        # of three classes one rank, with the even batches, never sees the last, and the other one never the first
+        places = torch.arange(50)
+        y = places % 2 + places // 10 % 2
+    data = DataLoader(TensorDataset(x, y), 10)
+    one, both = collapse(data), collapse(data, **two())
+    assert set(one.scalars) == set(both.scalars)
+    for key, value in one.scalars.items():
+        assert both.scalars[key] == pytest.approx(value, rel=1e-6, abs=1e-12), key
+    assert one.notes["probe"]["n"] == both.notes["probe"]["n"] == 50
+
+
+class ForwardFailsOnOneRank(Classification):
+    def forward(self, x):
+        if not self.training and self.trainer.global_rank == 1 and self.trainer.global_step >= 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(x)
+
+
+@pytest.mark.chaos
+@pytest.mark.filterwarnings("ignore:Rank 1 failed in its part", "ignore:NeuralCollapseMonitor skips a point")
+def test_a_rank_whose_forward_pass_fails_costs_points_of_collapse():
+    monitor = NeuralCollapseMonitor(every_n_train_steps=1, probe=WHOLE)
+    data = DataLoader(TensorDataset(*class_data(48)), 6)
+    trainer = fit(monitor, ForwardFailsOnOneRank(), data, max_epochs=1, **two(timeout=30))
+    assert [record.step for record in monitor.history] == [0, 1]
+    assert trainer.state.finished
 
 
 class FailsOnOneRank(Regression):

@@ -9,10 +9,12 @@ import re
 import pytest
 from helpers.clients import wandb_records
 from helpers.fit import fit, full_batch
-from helpers.modules import Regression
+from helpers.modules import Classification, Regression, class_data
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dynamics import HessianMonitor, Probe, Spectrum, read_records
+from lightning_dynamics import HessianMonitor, NeuralCollapseMonitor, Probe, Spectrum, read_records
+from lightning_dynamics.callbacks.ledger import COST
 
 pytestmark = pytest.mark.clients
 
@@ -100,6 +102,36 @@ def test_spectra_are_in_the_row_of_their_step_in_wandb(tmp_path, monkeypatch):
                 step = row["trainer/global_step"]
                 kinds[step] = (row["hessian/density/_type"], "hessian/density_figure/_type" in row)
     assert kinds == {0: ("histogram", True), 2: ("histogram", True), 4: ("histogram", False), 5: ("histogram", True)}
+
+
+def test_collapse_is_one_row_per_measurement_with_its_figure_in_wandb(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger("run", tmp_path, offline=True, project="test")
+    data = DataLoader(TensorDataset(*class_data()), 60)
+    monitor = NeuralCollapseMonitor(every_n_train_steps=1, probe=WHOLE, also_log="cdnv/.*")
+    fit(monitor, Classification(), data, max_epochs=4, logger=logger)
+    run_dir = logger.experiment.dir
+    wandb.finish()
+    drawn = {}
+    for record in wandb_records(run_dir):
+        if record.HasField("history"):
+            row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            if "collapse/nc1" in row:
+                assert row["collapse/cdnv/net_2"] > 0
+                drawn[row["trainer/global_step"]] = row.get("collapse/depth/_type")
+    assert drawn == {0: "image-file", 1: "image-file", 2: None, 3: "image-file", 4: "image-file"}
+
+
+def test_the_default_monitors_stay_within_what_a_dashboard_can_show():
+    tables = [HessianMonitor().table, NeuralCollapseMonitor().table, COST]
+    shown = [quantity for table in tables for quantity in table.quantities if quantity.on_by_default]
+    forms = [quantity.form for quantity in shown]
+    assert forms.count("scalar") <= 25 - 4  # four are left for displacements
+    assert forms.count("density") == 1  # a histogram and a figure
+    assert forms.count("density") + forms.count("depth") <= 3 - 1
+    assert not any(quantity.per_layer for quantity in shown)
 
 
 def test_the_dashboard_has_at_most_the_scalars_that_were_promised(tmp_path):

@@ -34,31 +34,60 @@ MONITORS = [
 ]
 
 
+def network(module, batch):
+    """A forward pass that does whatever a forward pass can do."""
+    x = batch[0]
+    x.add_(0.01 * torch.randn_like(x)).mul_(1.01)
+    if isinstance(module, Adversaries):
+        return module.discriminator(module.generator(module.latents(batch)))
+    if not isinstance(module, NastyModule):
+        return module.net(x)
+    module.counter += 1
+    module.history.append(float(module.numpy.rand()))
+    module.last = module.net(x) + module.target(x)
+    module.order.append(batch[2].tolist())
+    module.trainer.seen_by_user = module.counter
+    module.log("loss", module.last.mean())
+    with torch.no_grad():
+        module.ema.add_(torch.randn(3, generator=module.generator))
+        module.head.bias.add_(1.0)
+    out = module.frozen(module.head(module.last))
+    module.accuracy(out, batch[1])
+    return out
+
+
+HESSIAN, COLLAPSE = lightning_dynamics.HessianMonitor, lightning_dynamics.NeuralCollapseMonitor
+
 EVERYTHING = {
-    lightning_dynamics.HessianMonitor: {
+    HESSIAN: {
         "spectrum": lightning_dynamics.Spectrum(100, num_vectors=2, num_steps=2, per_layer=True, diagonal=1),
         "sharpening_rate": True,
         "also_log": ".*",
-    }
+    },
+    COLLAPSE: {"subclass_fn": lambda batch: batch[2] % 6, "per_class": True, "reduce": "pool", "also_log": ".*"},
 }
 """What a monitor can measure besides."""
 
+ALWAYS = {HESSIAN: {}, COLLAPSE: {"forward_fn": network}}
+"""What a monitor has to be told here."""
+
+OTHERWISE = {HESSIAN: {"mode": "eval", "pair": False}, COLLAPSE: {"mode": "train"}}
+"""What a monitor does not do by default."""
+
 
 def all_monitors(batches=2, **options):
-    """Every public monitor at an aggressive cadence, on each kind of data."""
+    """Every public monitor at an aggressive cadence, on each kind of data.
+
+    Options go to the monitors that have them; for one kind they are given under its name.
+    """
     monitors = []
     for kind in MONITORS:
+        own = {k: v for k, v in options.items() if k in inspect.signature(kind).parameters}
+        own = {**ALWAYS[kind], **own, **options.get(kind.__name__, {})}
         monitors += [
-            kind(every_n_train_steps=1, probe=Probe(size=12 * batches), **EVERYTHING[kind], **options),
-            kind(every_n_train_steps=2, probe=Probe(first_batches=batches), name="first", monitor=True, **options),
-            kind(
-                every_n_train_steps=3,
-                probe=Probe(current_batch=True),
-                name="current",
-                mode="eval",
-                pair=False,
-                **options,
-            ),
+            kind(every_n_train_steps=1, probe=Probe(size=12 * batches), **EVERYTHING[kind], **own),
+            kind(every_n_train_steps=2, probe=Probe(first_batches=batches), name="first", monitor=True, **own),
+            kind(every_n_train_steps=3, probe=Probe(current_batch=True), name="current", **OTHERWISE[kind], **own),
         ]
     return monitors
 
@@ -341,10 +370,16 @@ class Case:
     facts: Callable[[pl.LightningModule], Any] = lambda module: None
 
 
+TWO_CLASSES = {"target_fn": lambda batch: batch[1].clamp(max=1)}
+
 FURTHER = {
-    "two optimizers": Case(Adversaries, monitors={"loss_fn": "generator_loss"}),
+    "two optimizers": Case(Adversaries, monitors={"loss_fn": "generator_loss", "NeuralCollapseMonitor": TWO_CLASSES}),
     "two optimizers and a function": Case(
-        Adversaries, monitors={"loss_fn": lambda module, batch: module.discriminator_loss(batch)}
+        Adversaries,
+        monitors={
+            "loss_fn": lambda module, batch: module.discriminator_loss(batch),
+            "NeuralCollapseMonitor": TWO_CLASSES,
+        },
     ),
     "float64": Case(options=lambda: {"precision": "64-true"}, check=is_of(torch.float64)),
     "bfloat16": Case(options=lambda: {"precision": "bf16-true"}, check=is_of(torch.bfloat16)),

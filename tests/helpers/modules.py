@@ -203,3 +203,47 @@ def regression_data(n=24, d=4, seed=0):
 
 def loader(dataset=None, batch_size=12, **arguments):
     return DataLoader(NoisySamples() if dataset is None else dataset, batch_size, **arguments)
+
+
+class Classification(pl.LightningModule):
+    """Cross-entropy of whatever network is given; a small perceptron with batch norm by default."""
+
+    def __init__(self, net=None, lr=0.1):
+        super().__init__()
+        self.net = perceptron() if net is None else net
+        self.lr = lr
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        out = self(batch[0])
+        loss = F.cross_entropy(out, batch[1]) if out.shape[-1] > 1 else F.softplus(out).mean()
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+
+def perceptron(width=8, classes=3, seed=4):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(6, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Linear(width, width),
+        nn.Tanh(),
+        nn.Linear(width, classes),
+    )
+
+
+def class_data(n=60, d=6, classes=3, seed=0):
+    """Overlapping Gaussian classes of nearly equal sizes, in random order."""
+    draw = torch.Generator().manual_seed(seed)
+    y = torch.arange(n)[torch.randperm(n, generator=draw)] % classes
+    return torch.randn(n, d, generator=draw) + 2 * torch.randn(classes, d, generator=draw)[y], y
