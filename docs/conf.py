@@ -7,6 +7,7 @@ from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 
 import lightning_dynamics
+from lightning_dynamics.callbacks.collapse_table import collapse_table
 from lightning_dynamics.callbacks.hessian_table import hessian_table
 from lightning_dynamics.callbacks.ledger import COST
 
@@ -28,7 +29,7 @@ napoleon_custom_sections = ["Logs", "Cost"]
 napoleon_use_ivar = True
 # the tables of quantities are read from the code
 
-TABLES = {"hessian": hessian_table(3, 1), "dynamics": COST}
+TABLES = {"hessian": hessian_table(3, 1), "collapse": collapse_table(None, False), "dynamics": COST}
 
 
 class Quantities(Directive):
@@ -38,12 +39,20 @@ class Quantities(Directive):
 
     def run(self) -> list[nodes.Node]:
         table = TABLES[self.arguments[0]]
-        lines = ["| key | symbol | unit | what it is | error | source |", "|---|---|---|---|---|---|"]
+        whole = {q.key for q in table.quantities if not q.per_layer}
+        layered = {q.key for q in table.quantities if q.per_layer}
+        rows = [["key", "symbol", "unit", "what it is", "error", "source"]]
         for q in table.quantities:
+            if q.per_layer and q.key in whole:
+                continue  # the row of the last layer says so by a plus
             layer = "/<layer>" if q.per_layer else ""
             key = f"`{table.family}/{q.key}{layer}`" + ("" if q.on_by_default else " (record)")
-            cells = (key, q.symbol, q.unit, q.definition, q.error, q.source)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            key += " +" if q.key in layered and not q.per_layer else ""
+            rows.append([key, q.symbol, q.unit, q.definition, q.error, q.source])
+        if {row[2] for row in rows[1:]} == {"1"}:
+            rows = [[*row[:2], *row[3:]] for row in rows]
+        rows.insert(1, ["---"] * len(rows[0]))
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         holder = nodes.container()
         self.state.nested_parse(StringList(lines), self.content_offset, holder)
         return holder.children

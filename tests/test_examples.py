@@ -52,6 +52,11 @@ def dqn():
     return load("dqn")
 
 
+@pytest.fixture(scope="module")
+def collapse():
+    return load("neural_collapse")
+
+
 def test_the_transformer_comes_to_the_edge_of_adam_first_where_the_learning_rate_is_larger(
     transformer, tmp_path, capsys
 ):
@@ -169,3 +174,68 @@ def test_the_td_loss_is_least_where_outputs_stand_for_the_target(dqn, loss, leas
     assert at == pytest.approx(least, abs=1e-4)
     assert below == pytest.approx(above, rel=1e-3)
     assert below > at + 0.05
+
+
+def at(record, key):
+    return record.scalars[f"collapse/{key}"]
+
+
+def test_features_collapse_the_more_the_deeper_and_a_random_layer_does_not(collapse, tmp_path, capsys):
+    histories, random = collapse.main(["--epochs", "27", "--every", "3", "--folder", str(tmp_path)])
+    (history,) = histories.values()
+    start, end = collapse.start_of_terminal_phase(history), history[-1]
+    for key in ("nc1", "nc2_equinorm", "nc2_equiangular", "nc3", "nc4"):
+        assert at(end, key) < 0.5 * at(history[0], key), key
+    for key in ("nc1", "cdnv", "nc2_equiangular", "nc3"):
+        assert at(end, key) < 0.9 * at(start, key), key
+    assert 0 < start.epoch < 12 < end.epoch
+    assert collapse.order_of_depth(end) == pytest.approx(-1)
+    assert collapse.order_of_depth(history[0]) > 0
+    assert at(end, "class_imbalance") == 1
+    assert end.notes["probe"]["n"] == 1500
+    assert list(end.notes["layers"]) == ["net_2", "net_5", "net_8", "net_11", "last"]
+    # nc1 takes the random layer for more collapsed than the second of the network, noise alone explains that
+    second, noise = list(end.through_depth("collapse/nc1").values())[1], random["nc1_floor"]
+    assert random["nc1"] < second
+    assert random["nc1"] < noise + 2 * random["nc1_floor_error"]
+    assert second < 0.05 * list(end.through_depth("collapse/nc1_floor").values())[1]
+    assert random["cdnv"] == pytest.approx((collapse.PER_CLASS - 1) / 2, rel=0.02)
+    assert random["ncc_accuracy"] == 1
+    assert random["ncc_accuracy_validation"] < 0.2
+    out = capsys.readouterr().out
+    assert "rank correlation with depth -1.00" in out
+    assert "A random layer: nc1 0.0" in out
+    version = tmp_path / "collapse_seed_0" / "version_0"
+    assert [record.epoch for record in read_records(version)] == [0, 3, 6, 9, 12, 15, 18, 21, 24, 26]
+    assert list(version.glob("events.out.tfevents.*"))
+    header = (tmp_path / "collapse_seed_0_csv" / "version_0" / "metrics.csv").read_text(encoding="utf-8").split("\n")[0]
+    assert {"collapse/nc1", "collapse/nc1_floor", "collapse/nc3", "train_loss"} <= set(header.split(","))
+    assert (tmp_path / "neural_collapse.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_five_seeds_collapse_in_the_terminal_phase_and_through_depth(collapse, tmp_path):
+    histories, _ = collapse.main(["--seeds", "5", "--folder", str(tmp_path)])
+    assert len(histories) == 5
+    for history in histories.values():
+        start, end = collapse.start_of_terminal_phase(history), history[-1]
+        assert start.epoch <= 10
+        assert at(end, "nc1") < at(start, "nc1") / 5
+        for key in ("nc2_equinorm", "nc2_equiangular", "nc3"):
+            assert at(end, key) < 0.8 * at(start, key), key
+        assert at(end, "nc4") == 0
+        assert at(history[0], "nc4") > 0.8
+        assert at(end, "accuracy") == 1
+        assert collapse.order_of_depth(end) <= -0.9
+        assert at(end, "depth_slope") < -0.5
+        assert at(end, "depth_r2") > 0.9
+        pairs = zip(*(end.through_depth(f"collapse/{key}").values() for key in ("nc1", "nc1_floor")), strict=True)
+        assert all(nc1 < 0.1 * floor for nc1, floor in pairs)
+
+
+def test_the_digits_are_as_many_of_each_class(collapse):
+    training, validation = collapse.digits()
+    assert torch.bincount(training.tensors[1]).tolist() == [collapse.PER_CLASS] * collapse.CLASSES
+    assert len(validation) == 297
+    joined = torch.cat([training.tensors[0], validation.tensors[0]])
+    assert joined.mean().abs() < 1e-5
