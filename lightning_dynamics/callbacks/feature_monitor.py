@@ -29,7 +29,7 @@ from lightning_dynamics.objective import (
 from lightning_dynamics.recording.quantity import LAST_LAYER, layer_keys
 
 _FORWARD = 0.4  # gradients per forward pass, what is computed of its features included
-_WIDEST = 1 << 27  # bytes of class means of one layer, from which its positions are averaged
+_WIDEST = 1 << 25  # bytes of class means of one layer, from which its positions are averaged
 
 
 class FeatureMonitor(DynamicsMonitor[JointFeatures]):
@@ -147,10 +147,10 @@ class FeatureMonitor(DynamicsMonitor[JointFeatures]):
                     "the features of each label are."
                 )
             return anatomy.head
-        (tap,) = resolve(anatomy, [self.head]) if len(resolve(anatomy, [self.head])) == 1 else (None,)
-        if tap is None or tap.side != "output":
+        taps = resolve(anatomy, [self.head])
+        if len(taps) != 1 or taps[0].side != "output":
             raise ValueError(f"`head={self.head!r}` must name one submodule.")
-        return tap.module
+        return taps[0].module
 
     def _classes(self, outputs: int | None, subject: JointFeatures) -> int:
         """K: as given, else what the classifier has outputs for (one output stands for two), else what labels say."""

@@ -63,7 +63,7 @@ class NeuralCollapseMonitor(FeatureMonitor):
             ``(K, d)``, or None for a network without one; the last of ``layers`` is then the last layer.
         reduce: What becomes of an output of shape ``(n, channels, …)``: ``"flatten"`` takes all of it, ``"pool"`` its
             mean over all but the first two dimensions, ``"auto"`` flattens where the class means of a layer fit into
-            128 MiB. The record says which. For channels that come last give a ``feature_fn``.
+            32 MiB. The record says which. For channels that come last give a ``feature_fn``.
         num_classes: K; by default the classifier's number of outputs (two if it has one), else what the labels say.
         probe: The data, see :class:`Probe`; 1,024 samples by default. ``Probe(whole=True)`` is the training set.
         validation: Also measure nc1, CDNV, nc4 and accuracies of validation data, around the class means of the
@@ -101,8 +101,8 @@ class NeuralCollapseMonitor(FeatureMonitor):
 
     Cost:
         A point takes two forward passes over the probe (one where all features fit into 256 MiB) and up to 0.3 of one
-        for each; with ``validation`` one more over that. Memory: 8·K·d bytes for each layer of d features, twice; and
-        the activations of one batch.
+        for each; with ``validation`` one more over that. Memory: class means of each layer of d features, 8·K·d
+        bytes, ten times over while it measures; features that are kept; and the activations of one batch.
 
     Example:
         >>> from lightning_dynamics import NeuralCollapseMonitor

@@ -356,6 +356,28 @@ def test_positions_are_flattened_or_averaged_and_the_record_says_which(monkeypat
         agrees(record, by_hand(h, y), "/net_2")
 
 
+def test_a_hundred_thousand_features_of_a_thousand_classes_are_averaged_and_of_ten_are_not():
+    """Class means alone would take 819 MB."""
+    x, y = torch.randn(16, 1, 64, 64, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 2
+    for classes, expected in ((1000, ("pool", 25)), (10, ("flatten", 102_400))):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(1, 25, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(25, classes)
+        )
+        record = run(monitor_of(["net.1"]), Classification(net, lr=0.0), batches(8, data=(x, y)), max_steps=1)
+        how = record.notes["layers"]["net_1"]
+        assert (how["reduce"], how["features"]) == expected
+        h = features_of(net, x, 2)
+        agrees(record, {"cdnv": by_hand_cdnv(h.mean((2, 3)) if how["reduce"] == "pool" else h.flatten(1), y)}, "/net_1")
+
+
+def by_hand_cdnv(h, y):
+    """Of two classes."""
+    means = [h[y == c].double().mean(0) for c in (0, 1)]
+    scatter = sum((h[y == c].double() - means[c]).square().sum(1).mean() for c in (0, 1))
+    return float(scatter / (2 * (means[0] - means[1]).square().sum()))
+
+
 def test_one_logit_stands_for_two_classes():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
