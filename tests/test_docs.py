@@ -30,9 +30,9 @@ def blocks():
 def test_every_block_of_code_runs(code, tmp_path, monkeypatch):
     """With a module, a loader and the records that it may speak of."""
     import lightning.pytorch as pl
-    from helpers.fit import full_batch
-    from helpers.modules import Regression
+    from helpers.modules import Classification, Regression, class_data
     from lightning.pytorch.loggers import CSVLogger
+    from torch.utils.data import DataLoader, TensorDataset
 
     monkeypatch.chdir(tmp_path)
     logger = CSVLogger("lightning_logs", name="", version="version_0")
@@ -44,7 +44,8 @@ def test_every_block_of_code_runs(code, tmp_path, monkeypatch):
             super().__init__(**{**options, **quiet, "max_epochs": 2, "enable_model_summary": False})
 
     monkeypatch.setattr(pl, "Trainer", Trainer)
-    names = {"any_lightning_module": Regression(lr=1e-3), "any_dataloader": full_batch()}
+    loader = DataLoader(TensorDataset(*class_data()), 20)
+    names = {"any_lightning_module": Classification(lr=1e-3), "any_dataloader": loader}
     exec(compile(code, "block", "exec"), names)
 
 

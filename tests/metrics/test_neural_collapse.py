@@ -379,7 +379,11 @@ def test_pure_noise_can_look_collapsed():
     found = measure(features, labels)
     assert found.values["nc1"] == pytest.approx(9 * 50 / 20_000, rel=0.1)
     assert found.values["cdnv"] == pytest.approx(25, rel=0.1)
-    assert abs(found.values["nc1_floor"] - found.values["nc1"]) < 2 * found.errors["nc1_floor"]
+    assert "too many directions for so few samples" in found.undefined["nc1_floor"]
+    several = torch.randn(4000, 2_000, generator=draw), torch.arange(10).repeat(400)
+    found = measure(*several)
+    assert found.values["nc1"] == pytest.approx(9 * 400 / 2_000, rel=0.1)
+    assert abs(found.values["nc1_floor"] - found.values["nc1"]) < 2 * found.errors["nc1_floor"] < found.values["nc1"]
 
 
 def test_the_floor_does_not_know_of_the_class_means():
