@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 _EPS = torch.finfo(torch.float64).eps
-_BLOCK = {"cpu": 2**20, "cuda": 2**25}  # features handled at once: what fits into a cache, or fills a device
+_BLOCK = {"cpu": 2**17, "cuda": 2**25}  # features handled at once: what fits into a cache, or fills a device
 _WELL_CONDITIONED = 1e-4  # s_r/s_1 of class means from which their Gram matrix tells singular values to 1e-8
 _COLUMNS = 2**13  # features whose products are summed in their own type
 _SEGMENTS = 128  # classes in a batch up to which residuals are taken class by class
 _SKETCH_ROWS = 16  # at least; and _SPARE_ROWS more than the class means have independent differences
-_SKETCH_SIZE = 2**19  # entries of a sketch, as long as that makes no more rows than
+_SKETCH_SIZE = 2**18  # entries of a sketch, as long as that makes no more rows than
 _MOST_ROWS = 40
 _SPARE_ROWS = 4
 _HAS_SWITCHES = hasattr(torch.backends.mkldnn, "matmul")  # of precision, one for each backend: torch ≥ 2.9
@@ -57,16 +57,24 @@ class ClassSums:
             FloatingPointError: If features are not finite. Nothing is added then.
         """
         features, labels = _checked(features, labels, self.num_classes, self._sums.shape[1] or None)
-        _refuse_non_finite(features)
         place = _double_place(features.device)
         if not self._sums.shape[1]:
             self._sums = torch.zeros(self.num_classes, features.shape[1], dtype=torch.float64)
         self._counts, self._sums = self._counts.to(place), self._sums.to(place)
         with _full_precision(features.device):
             labels = labels.to(place)
-            self._counts += torch.bincount(labels, minlength=self.num_classes)
+            # whether all are finite shows in their sum, wherever that is smaller than they are
+            is_small = self.num_classes <= len(features)
+            if not is_small:
+                _refuse_non_finite(features)
+            sums = torch.zeros_like(self._sums) if is_small else self._sums
             for block in _blocks(len(features), features.shape[1], place):
-                self._sums.index_add_(0, labels[block], features[block].to(place).double())
+                sums.index_add_(0, labels[block], features[block].to(place).double())
+            if is_small:
+                if not bool(torch.isfinite(sums.sum())):
+                    _refuse_non_finite(features)
+                self._sums += sums
+            self._counts += torch.bincount(labels, minlength=self.num_classes)
 
     def state(self) -> dict[str, Tensor]:
         """``counts`` (K,) and ``sums`` (K, d), float64, each to be summed over processes."""

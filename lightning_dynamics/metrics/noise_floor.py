@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_dynamics.metrics.class_sums import ScatterSums
 
 _DRAWS = 64  # sketches drawn from a covariance that is known whole
-_DELETED = 12  # rows that the jackknife leaves out in turn, at most; also windows that are averaged
+_DELETED = 8  # rows that the jackknife leaves out in turn, at most
+_WINDOWS = 8  # choices of the rows that are regressed on, that are averaged
 _RESAMPLED = 8  # covariances that show how much the data matter
 _NEGLIGIBLE = 1e-11  # relative eigenvalue of a sketch that float32 products cannot tell from zero
 
@@ -88,9 +89,21 @@ def _data_error(sketch: Tensor, freedom: int, value: Callable[[Tensor], float]) 
     root = vectors * values.clamp(min=0).sqrt()
     found = []
     for _ in range(_RESAMPLED):
-        draw = root @ torch.randn(len(root), freedom, generator=generator, dtype=torch.float64)
+        draw = root @ _wishart_root(len(root), freedom, generator)
         found.append(value(draw @ draw.mT / freedom))
     return float(torch.tensor(found, dtype=torch.float64).std())
+
+
+def _wishart_root(size: int, freedom: int, generator: torch.Generator) -> Tensor:
+    """A, with AAᵀ a Wishart matrix of covariance I (Bartlett's decomposition where that has full rank)."""
+    if freedom < size:
+        return torch.randn(size, freedom, generator=generator, dtype=torch.float64)
+    lower = torch.randn(size, size, generator=generator, dtype=torch.float64).tril(-1)
+    degrees = freedom - torch.arange(size, dtype=torch.float64)
+    spread = 2 / (9 * degrees)  # χ² by the approximation of Wilson and Hilferty
+    normal = torch.randn(size, generator=generator, dtype=torch.float64)
+    squares = degrees * (1 - spread + normal * spread.sqrt()).clamp(min=0) ** 3
+    return lower + squares.sqrt().diag()
 
 
 def _of_sketch(sketch: Tensor, p: int, freedom: int) -> float:
@@ -126,7 +139,7 @@ def _by_drawing(covariance: Tensor, p: int, freedom: int, rows: int, draws: int 
 def _regressions(inverse: Tensor, p: int, freedom: int) -> float:
     """Mean of ‖G⁻¹g‖² - s·tr(G⁻¹)/(ν - p), over windows of rows that are regressed on the p others."""
     size = len(inverse)
-    starts = torch.arange(0, size, max(1, size // _DELETED))
+    starts = torch.arange(0, size, max(1, size // _WINDOWS))
     orders = (starts[:, None] + torch.arange(size)) % size
     inside, rest = orders[:, :p], orders[:, p:]
     residuals = torch.linalg.inv(inverse[rest[:, :, None], rest[:, None]])
