@@ -28,7 +28,7 @@ from lightning_dynamics.objective import (
 )
 from lightning_dynamics.recording.quantity import LAST_LAYER, layer_keys
 
-_FORWARD = 0.4  # gradients per forward pass, what is computed of its features included
+_FORWARD = 0.5  # gradients per forward pass, what is computed of its features included
 _WIDEST = 1 << 25  # bytes of class means of one layer, from which its positions are averaged
 
 

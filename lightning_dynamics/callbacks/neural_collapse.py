@@ -100,9 +100,10 @@ class NeuralCollapseMonitor(FeatureMonitor):
         classes have no angles) is absent, with its reason in the notes. See :func:`collapse_measures`.
 
     Cost:
-        A point takes two forward passes over the probe (one where all features fit into 256 MiB) and up to 0.3 of one
-        for each; with ``validation`` one more over that. Memory: class means of each layer of d features, 8·K·d
-        bytes, ten times over while it measures; features that are kept; and the activations of one batch.
+        A point takes two forward passes over the probe (one where all features fit into 256 MiB), and 0.4 to 0.5 of
+        one more for each where all blocks of a small ResNet are measured; with ``validation`` one more over that.
+        Memory: class means of each layer of d features, 8·K·d bytes, ten times over while it measures; features that
+        are kept; and the activations of one batch.
 
     Example:
         >>> from lightning_dynamics import NeuralCollapseMonitor

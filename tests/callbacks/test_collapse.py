@@ -525,7 +525,7 @@ def test_a_record_gives_a_quantity_through_depth():
 def test_a_default_cadence_is_found_by_counting_forward_passes(caplog):
     monitor = NeuralCollapseMonitor(probe=WHOLE)
     fit(monitor, Classification(), batches(), max_epochs=1)
-    assert "NeuralCollapseMonitor measures every 25 steps" in caplog.text  # 0.8 gradients on four batches, at 15 %
+    assert "NeuralCollapseMonitor measures every 30 steps" in caplog.text  # one gradient on four batches, at 15 %
 
 
 def test_two_of_them_take_names():
