@@ -34,6 +34,8 @@ def _chunks(data: bytes) -> list[bytes]:
         if kind == 0:
             position += left
             continue
+        if position + 7 + length > len(data):
+            break  # being written
         partial += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a full record, or the last part of one
