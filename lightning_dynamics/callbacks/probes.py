@@ -22,6 +22,7 @@ class Probes:
     def __init__(self) -> None:
         self._data: dict[tuple[Any, ...], ProbeData] = {}
         self._datasets: list[Any] = []
+        self._unreadable: set[tuple[Any, ...]] = set()
         self._ranks = Ranks(0, 1, torch.device("cpu"))
 
     def of(self, monitor: DynamicsMonitor[Any]) -> ProbeData:
@@ -52,6 +53,7 @@ class Probes:
             one is not other for one, other in zip(datasets, self._datasets, strict=True)
         ):
             self._data.clear()
+            self._unreadable.clear()
         self._datasets = datasets
         for monitor in monitors:
             for number, probe in enumerate(monitor.options.probes):
@@ -78,12 +80,27 @@ class Probes:
     def look_again(
         self, trainer: Trainer, monitors: Sequence[DynamicsMonitor[Any]], notify: Callable[[str], None]
     ) -> bool:
-        """Read what had no loader when training began; return whether there is any now."""
+        """Read what had no loader when training began; return whether there is any now.
+
+        Training has begun: what cannot be read is said once, and goes on missing.
+        """
         found = False
         for monitor in monitors:
             for number, probe in enumerate(monitor.options.probes):
-                if self._data[probe.key].awaits_loader and _compat.validation_loaders(trainer):
-                    self._data[probe.key] = _read(trainer, monitor, number, self._ranks, notify)
+                awaited = self._data[probe.key].awaits_loader and probe.key not in self._unreadable
+                if not awaited or not _compat.validation_loaders(trainer):
+                    continue
+                data, reason = None, None
+                try:
+                    data = _read(trainer, monitor, number, self._ranks, notify)
+                except Exception as error:
+                    reason = str(error)
+                reasons = [other for other in self._ranks.gather(reason) if other is not None]
+                if reasons or data is None:
+                    self._unreadable.add(probe.key)
+                    notify(f"{monitor.label}: {reasons[0]} Its values are missing.")
+                else:
+                    self._data[probe.key] = data
                     found = True
         return found
 

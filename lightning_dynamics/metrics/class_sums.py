@@ -215,7 +215,6 @@ class ScatterSums:
         shapes = {
             "counts": (K,),
             "squares": (K,),
-            "fourth_powers": (),
             "energies": (r,),
             "sketch": (self._sketch_rows, self._sketch_rows),
             "drift": (r + self._sketch_rows,),
@@ -337,7 +336,6 @@ class ScatterSums:
         inside, sketch = projections[:, :rank], projections[:, rank:]
         sums["counts"] += torch.bincount(labels, minlength=K)
         sums["squares"].index_add_(0, labels, squares)
-        sums["fourth_powers"] += squares.square().sum()
         sums["energies"] += inside.square().sum(0)
         sums["sketch"] += sketch.mT @ sketch
         sums["drift"] += projections.sum(0)

@@ -145,6 +145,24 @@ def test_validation_may_come_later_than_the_first_point(make):
     assert monitor.history
 
 
+class Several(Both):
+    def val_dataloader(self):
+        return [batches(), batches()]
+
+
+def test_validation_that_comes_late_and_cannot_be_read_does_not_end_the_run(caplog):
+    class Ignores(Classification):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            pass
+
+    monitor = monitor_of(validation=True)
+    trainer = fit(monitor, Ignores(network(), lr=0.0), Several(batches(), 1), max_epochs=4, check_val_every_n_epoch=2)
+    assert trainer.state.finished
+    assert caplog.text.count("there are 2 validation loaders") == 1
+    assert len(monitor.history) == 17
+    assert not any("validation" in key for key in monitor.history[-1].scalars)
+
+
 def test_the_batch_of_the_step_may_have_classes_that_the_first_one_had_not():
     x, y = class_data()
     order = y.argsort()
