@@ -38,7 +38,6 @@ def noise_floor(scatter: ScatterSums) -> tuple[float, float]:
     which regress a further row of a Gaussian sketch ΩΣΩᵀ on p others, so that :class:`ScatterSums` has all that is
     needed. Its sketch is of the sample covariance with ν = N - K degrees of freedom, which adds s·tr(G⁻¹)/(ν - p) to
     the squared norm in the mean (G the p × p part, s the residual variance of the regression); this is taken off. The
-    the squared norm in the mean (G the p × p part, s the residual variance of the regression); this is taken off. The
     estimate is then unbiased for any Σ and any ν > p + 1; where it comes out negative, nothing is known. Where features
     vary in ρ < p directions, F = ρ/(p - ρ - 1).
 
