@@ -19,7 +19,9 @@ from lightning.pytorch import LightningModule, Trainer
 import lightning_dynamics
 from lightning_dynamics import _compat
 from lightning_dynamics.callbacks.ranks import Ranks
+from lightning_dynamics.recording.diffusion_view import DiffusionView
 from lightning_dynamics.recording.figures import DensityView, DepthLine, DepthView, View
+from lightning_dynamics.recording.phase_view import PhaseView
 from lightning_dynamics.recording.quantity import QuantityTable, about_text, of_layer
 from lightning_dynamics.recording.record import (
     Parent,
@@ -32,6 +34,7 @@ from lightning_dynamics.recording.record import (
 from lightning_dynamics.recording.writer import LoggerWriter
 
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+_LAGS = 10  # half a decade
 
 
 class Journal:
@@ -133,7 +136,7 @@ class Journal:
             self.records.append(record)
             if self._file is not None:
                 self._try_to(partial(self._file.append, record))
-            views += [*_densities(record, self._tables), *self._through_depth(record)]
+            views += [*_densities(record, self._tables), *self._through_depth(record), *self._motions(record)]
         self._writer.write(logged, step, views, is_last)
 
     def _through_depth(self, record: Record) -> Iterator[DepthView]:
@@ -161,6 +164,27 @@ class Journal:
             for each in self.records
             if each.monitor == monitor and list(each.notes.get("layers", ())) == layers
         ]
+
+    def _motions(self, record: Record) -> Iterator[View]:
+        """How the weights of a record move, where it says anything new."""
+        for table in self._tables:
+            for _, key in table.of_form("diffusion"):
+                if f"{table.family}/diffusion_squares" in record.arrays or self._is_further(record, table.family):
+                    yield DiffusionView(key, record, table.title)
+            for quantity, key in table.of_form("phase"):
+                if any(name.startswith(f"{table.family}/q_") for name in record.arrays):
+                    yield PhaseView(key, record, quantity.panel)
+
+    def _is_further(self, record: Record, family: str) -> bool:
+        """Whether, without a reference, the way from the start is worth a figure: at ten more lags, and at the end."""
+
+        def tens(each: Record) -> int:
+            return len(each.arrays.get(f"{family}/from_init_squares", ())) // _LAGS
+
+        if "reference" in record.notes or not tens(record):
+            return False
+        before = [each for each in self.records if each.monitor == record.monitor and each.step < record.step]
+        return record.final or not before or tens(record) > tens(max(before, key=lambda each: each.step))
 
     def lineage(self) -> dict[str, Any]:
         """What a checkpoint needs to go on with this run."""

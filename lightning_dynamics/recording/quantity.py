@@ -30,7 +30,8 @@ class Quantity:
         per_layer: Whether there is one for each layer, under ``<key>/<layer>``.
         form: ``"scalar"``; ``"density"`` for a spectrum: the record then holds the arrays ``<key>_nodes`` and
             ``<key>_weights`` instead of a scalar, and loggers draw them; ``"depth"`` for a figure of quantities by
-            layer, drawn from the scalars of all records so far.
+            layer, drawn from the scalars of all records so far; ``"diffusion"`` and ``"phase"`` for figures of a
+            record's arrays.
         shows: What a figure through depth shows: pairs of the key of a quantity and of what noise alone makes of it, or
             None.
     """
@@ -44,7 +45,7 @@ class Quantity:
     panel: str
     on_by_default: bool = True
     per_layer: bool = False
-    form: Literal["scalar", "density", "depth"] = "scalar"
+    form: Literal["scalar", "density", "depth", "diffusion", "phase"] = "scalar"
     shows: tuple[tuple[str, str | None], ...] = ()
 
     @property
