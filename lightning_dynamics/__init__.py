@@ -6,22 +6,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_dynamics.callbacks import HessianMonitor, NeuralCollapseMonitor, Probe, Spectrum
+    from lightning_dynamics.callbacks import (
+        DisplacementMonitor,
+        HessianMonitor,
+        NeuralCollapseMonitor,
+        Probe,
+        Reference,
+        Spectrum,
+    )
     from lightning_dynamics.recording import Record, read_records
 
 __version__ = "0.1.0.dev0"
 
 # loaded on first use, so that `linalg`, `objective` and `metrics` work where Lightning is not
 _PUBLIC = {
+    "DisplacementMonitor": "lightning_dynamics.callbacks",
     "HessianMonitor": "lightning_dynamics.callbacks",
     "NeuralCollapseMonitor": "lightning_dynamics.callbacks",
     "Probe": "lightning_dynamics.callbacks",
     "Record": "lightning_dynamics.recording",
+    "Reference": "lightning_dynamics.callbacks",
     "Spectrum": "lightning_dynamics.callbacks",
     "read_records": "lightning_dynamics.recording",
 }
 
-__all__ = ["HessianMonitor", "NeuralCollapseMonitor", "Probe", "Record", "Spectrum", "read_records"]
+__all__ = [
+    "DisplacementMonitor",
+    "HessianMonitor",
+    "NeuralCollapseMonitor",
+    "Probe",
+    "Record",
+    "Reference",
+    "Spectrum",
+    "read_records",
+]
 
 
 def __getattr__(name: str) -> Any:

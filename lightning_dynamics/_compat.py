@@ -21,6 +21,7 @@ __all__ = [
     "curve_step",
     "epoch_tracker",
     "expose_metrics",
+    "is_overridden",
     "is_param_in_hook_signature",
     "is_trial",
     "only_collects_statistics",

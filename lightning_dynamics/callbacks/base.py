@@ -16,11 +16,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_dynamics.callbacks.cadence import Cadence, check_flag
+from lightning_dynamics.callbacks.following import Follower
 from lightning_dynamics.callbacks.joint import RankPart
 from lightning_dynamics.callbacks.lightning_replay import Circumstances, ReplayOptions
 from lightning_dynamics.callbacks.map_style import ProbeItem
 from lightning_dynamics.callbacks.measured import Measured, Point, Subject
-from lightning_dynamics.callbacks.probe import ProbeData
+from lightning_dynamics.callbacks.probe import Probe, ProbeData
 from lightning_dynamics.metrics import StabilityRule
 from lightning_dynamics.objective.replay import Replay
 from lightning_dynamics.recording.quantity import QuantityTable
@@ -38,7 +39,7 @@ class DynamicsMonitor(Callback, Generic[Subject]):
 
     Args:
         cadence: When to measure.
-        options: What to measure it on.
+        options: What to measure it on; None for a monitor that needs no data.
         pair: Whether to measure two consecutive steps each time and log their mean.
         detail: When to measure in detail as well: what is too dear for every point. None for never.
         also_log: Keys that go to the loggers besides those on by default, without the family: regular expressions for
@@ -48,7 +49,10 @@ class DynamicsMonitor(Callback, Generic[Subject]):
     """
 
     part: ClassVar[type[RankPart[Any]]]
-    """What a rank does when the monitor measures."""
+    """What a rank does when the monitor measures on data."""
+
+    follower: Follower | None = None
+    """What it does at every step, if anything."""
 
     detail_name = "in detail"
     """What is measured in detail, in words."""
@@ -59,7 +63,7 @@ class DynamicsMonitor(Callback, Generic[Subject]):
     def __init__(
         self,
         cadence: Cadence,
-        options: ReplayOptions,
+        options: ReplayOptions | None,
         *,
         pair: bool,
         monitor: bool,
@@ -74,7 +78,7 @@ class DynamicsMonitor(Callback, Generic[Subject]):
                 f"`name` must be made of letters, digits, '_' and '-', since it becomes part of the keys; got {name!r}."
             )
         self.cadence = cadence
-        self.options = options
+        self.options: ReplayOptions | None = options
         self.pair = pair
         self.detail = detail
         self.monitor = monitor
@@ -126,6 +130,23 @@ class DynamicsMonitor(Callback, Generic[Subject]):
     def vectors_held(self) -> int:
         """Vectors of the size of the parameters that a measurement holds at most, besides the gradient graphs."""
         return 0
+
+    @property
+    def probes(self) -> list[Probe]:
+        """The data that it needs."""
+        return [] if self.options is None else self.options.probes
+
+    @property
+    def is_for_shards(self) -> bool:
+        """Whether it measures weights that are sharded over processes."""
+        return False
+
+    def measures_on_data(self, in_detail: bool) -> bool:
+        """Whether a point is measured on the data, or needs none: then :attr:`Point.subject` is None."""
+        return self.options is not None
+
+    def adopt(self, others: Sequence[DynamicsMonitor[Any]]) -> None:
+        """Take from the Trainer's monitors what is to be shared with them; called when a fit starts."""
 
     def measured_parameters(self, module: LightningModule) -> dict[str, nn.Parameter]:
         """The parameters that the measurement is about, as far as they are known; none where it is about others."""
@@ -226,8 +247,7 @@ class DynamicsMonitor(Callback, Generic[Subject]):
             "pair": self.pair,
             "in_detail": self._describe_detail(every_detail),
             "probe": data.describe(),
-            "mode": self.options.mode,
-            "precision": self.options.precision,
+            **({} if self.options is None else {"mode": self.options.mode, "precision": self.options.precision}),
             **self.describe(),
         }
 
@@ -266,7 +286,7 @@ class DynamicsMonitor(Callback, Generic[Subject]):
         else:
             path = self.record_path
             records = [] if path is None else read_records(path)
-        return [record for record in records if record.monitor == self.label]
+        return sorted((r for r in records if r.monitor == self.label), key=lambda record: record.step)
 
     @property
     def record_path(self) -> Path | None:
@@ -298,7 +318,7 @@ class DynamicsMonitor(Callback, Generic[Subject]):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._leads(trainer):
-            self._session.batch_ends(trainer, pl_module, batch)
+            self._session.batch_ends(trainer, pl_module, outputs, batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._leads(trainer):

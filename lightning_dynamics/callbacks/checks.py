@@ -33,18 +33,25 @@ def default_cadence(trainer: Trainer, data: Sequence[ProbeData], gradients: floa
     return next(math.ceil(m * power) for m in _READABLE if m * power >= least)
 
 
-def check_strategy(trainer: Trainer) -> None:
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+def check_strategy(trainer: Trainer, monitors: Sequence[DynamicsMonitor[Any]]) -> None:
+    strategy = type(trainer.strategy).__name__
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise MisconfigurationException(
-            f"{type(trainer.strategy).__name__} shards the weights, and PyTorch has no second derivatives there. "
-            "Monitors run on a single device and with DDP."
+            f"{strategy} takes the weights apart in a way of its own. Monitors run on a single device and with DDP, "
+            "those of weights alone also with ModelParallelStrategy."
+        )
+    unable = next((monitor for monitor in monitors if not monitor.is_for_shards), None)
+    if isinstance(trainer.strategy, ModelParallelStrategy) and unable is not None:
+        raise MisconfigurationException(
+            f"{strategy} shards the weights, and PyTorch has no second derivatives there: {unable.label} runs on a "
+            "single device and with DDP. A DisplacementMonitor without data or eigenvectors runs with shards."
         )
 
 
 def check_batches(monitors: Sequence[DynamicsMonitor[Any]]) -> None:
     """Refuse what cannot be with a step that pulls its batches from an iterator."""
     for monitor in monitors:
-        if monitor.options.probe.current_batch:
+        if any(probe.current_batch for probe in monitor.probes):
             raise MisconfigurationException(
                 f"{monitor.label} is to measure on the current batch, but `training_step` takes an iterator, so that "
                 "no batch is known before the step. Use `first_batches` or another probe."

@@ -83,6 +83,7 @@ class Point(Generic[Subject]):
         clipping: See :class:`Clipping`; None where gradients are not clipped.
         in_detail: Whether the monitor's rare and dear measurement is due too.
         has_halves: Whether the probe has batches in both of its halves, and is not the whole set.
+        final: Whether training has ended.
     """
 
     step: int
@@ -94,6 +95,7 @@ class Point(Generic[Subject]):
     clipping: Clipping | None
     in_detail: bool = False
     has_halves: bool = False
+    final: bool = False
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Measurements:
         """The preflight: find out before the first step whether all can be measured."""
         for monitor in self._monitors:
             options = monitor.options
-            if options.key in self._checked:
+            if options is None or options.key in self._checked:
                 continue
             items = self._current_items(monitor, batch)
             if not items[0]:
@@ -117,7 +117,7 @@ class Measurements:
 
     def _sharing(self, monitor: DynamicsMonitor[Any]) -> list[DynamicsMonitor[Any]]:
         """The monitors that agree with this one in their options."""
-        return [m for m in self._monitors if m.options.key == monitor.options.key]
+        return [m for m in self._monitors if _key(m) == _key(monitor)]
 
     def _name_shared(self, monitor: DynamicsMonitor[Any], outcome: Outcome) -> None:
         if outcome.shared:
@@ -133,12 +133,17 @@ class Measurements:
 
     def take(self, when: When, roles: Mapping[int, Role], batch: Any) -> None:
         """Measure what is due where the probe is complete; save the weights for what has to wait."""
-        now = {i: r for i, r in roles.items() if self._probes.of(self._monitors[i]).is_complete}
+        now = {i: r for i, r in roles.items() if not self._waits(i, r)}
         later = {i: r for i, r in roles.items() if i not in now}
         if later:
             self._save(when, later)
         if now:
             self._measure(when, now, batch, None)
+
+    def _waits(self, index: int, role: Role) -> bool:
+        """Whether a monitor's data are not there yet."""
+        monitor = self._monitors[index]
+        return monitor.measures_on_data(role.in_detail) and not self._probes.of(monitor).is_complete
 
     def _save(self, when: When, roles: dict[int, Role]) -> None:
         """Keep the weights of a step that cannot be measured yet, on all ranks or on none."""
@@ -162,7 +167,7 @@ class Measurements:
         """Take the points that had to wait, each at the weights and the x where it belongs."""
         waiting: list[SavedWeights] = []
         for saved in self._saved:
-            ready = {i: r for i, r in saved.roles.items() if self._probes.of(self._monitors[i]).is_complete}
+            ready = {i: r for i, r in saved.roles.items() if not self._waits(i, r)}
             left = {i: r for i, r in saved.roles.items() if i not in ready}
             if ready:
                 self._measure(saved.when, ready, None, saved)
@@ -172,6 +177,11 @@ class Measurements:
 
     def _measure(self, when: When, roles: Mapping[int, Role], batch: Any, saved: SavedWeights | None) -> None:
         """Measure at one step: each objective is opened once, for all monitors that share it."""
+        for i, role in roles.items():
+            if not self._monitors[i].measures_on_data(role.in_detail):
+                started = time.monotonic()
+                result = self._without_data(when, i, role)
+                self._ledger.take(self._monitors[i], when, role, result, time.monotonic() - started)
         for members in self._by_objective(roles):
             started = time.monotonic()
             outcome = self._outcome(when, members, roles, batch, saved)
@@ -179,6 +189,16 @@ class Measurements:
             seconds = (time.monotonic() - started) / len(members)
             for i, result in zip(members, results, strict=True):
                 self._ledger.take(self._monitors[i], when, roles[i], result, seconds)
+
+    def _without_data(self, when: When, index: int, role: Role) -> Any:
+        """A result of weights alone: every rank has them, rank zero's counts."""
+        result: Any = None
+        if self._ranks.leads:
+            try:
+                result = self._task(when, index, role, None)(None)
+            except Exception as error:
+                result = explain(error)
+        return self._ranks.share(result)
 
     def _outcome(
         self, when: When, members: list[int], roles: Mapping[int, Role], batch: Any, saved: SavedWeights | None
@@ -258,15 +278,16 @@ class Measurements:
 
     def _by_objective(self, roles: Mapping[int, Role]) -> Iterator[list[int]]:
         groups: dict[tuple[Any, ...], list[int]] = {}
-        for i in roles:
-            groups.setdefault(self._monitors[i].options.key, []).append(i)
+        for i, role in roles.items():
+            if self._monitors[i].measures_on_data(role.in_detail):
+                groups.setdefault(_key(self._monitors[i]), []).append(i)
         return iter(groups.values())
 
     def _task(self, when: When, index: int, role: Role, saved: SavedWeights | None) -> Task:
         monitor = self._monitors[index]
         state = self._ledger.states[monitor.label]
         data = self._probes.of(monitor)
-        seed = stream_seed(monitor.options.probe.seed, when.step, index)
+        seed = stream_seed(monitor.probes[0].seed if monitor.probes else 0, when.step, index)
         # read here: once the sandbox is open the module shows private weights, which no optimizer knows
         rule = self._rule_at(index, saved)
 
@@ -280,6 +301,7 @@ class Measurements:
                 count=state.count,
                 clipping=state.clipping if self._trainer.gradient_clip_val else None,
                 in_detail=role.in_detail,
+                final=when.final,
             )
             measured = monitor.measure(point)
             measured.notes.setdefault("probe", data.describe())
@@ -294,3 +316,8 @@ class Measurements:
         if rule.is_unknown:
             self._notices.say(f"{monitor.label} shows no stability threshold: {rule.unavailable}.")
         return rule
+
+
+def _key(monitor: DynamicsMonitor[Any]) -> tuple[Any, ...]:
+    """What the monitors that share an evaluation agree in."""
+    return () if monitor.options is None else monitor.options.key

@@ -15,6 +15,8 @@ from lightning_dynamics.callbacks.probe import ProbeData, read_probe
 from lightning_dynamics.callbacks.probe_state import keep_batches
 from lightning_dynamics.callbacks.ranks import Ranks
 
+_NONE = ProbeData(kind="no data: weights alone")
+
 
 class Probes:
     """Probe data by what was asked for."""
@@ -27,11 +29,11 @@ class Probes:
 
     def of(self, monitor: DynamicsMonitor[Any]) -> ProbeData:
         """The data that a monitor measures on."""
-        return self.all_of(monitor)[0]
+        return next(iter(self.all_of(monitor)), _NONE)
 
     def all_of(self, monitor: DynamicsMonitor[Any]) -> list[ProbeData]:
         """The data that a monitor measures on, and what else it needs."""
-        return [self._data[probe.key] for probe in monitor.options.probes]
+        return [self._data[probe.key] for probe in monitor.probes]
 
     def to_checkpoint(self, monitor: DynamicsMonitor[Any]) -> list[dict[str, Any]]:
         """What :meth:`read` needs to have a monitor's data again."""
@@ -46,7 +48,7 @@ class Probes:
         """
         self._ranks = ranks
         loaders = _compat.training_loaders(trainer)
-        validates = any(probe.split == "validation" for monitor in monitors for probe in monitor.options.probes)
+        validates = any(probe.split == "validation" for monitor in monitors for probe in monitor.probes)
         others = _compat.validation_loaders(trainer) if validates else []
         datasets = [getattr(loader, "dataset", loader) for loader in (*loaders, *others)]
         if len(datasets) != len(self._datasets) or any(
@@ -56,7 +58,7 @@ class Probes:
             self._unreadable.clear()
         self._datasets = datasets
         for monitor in monitors:
-            for number, probe in enumerate(monitor.options.probes):
+            for number, probe in enumerate(monitor.probes):
                 known = self._data.get(probe.key)
                 if known is None or not known.is_complete or monitor._restored:
                     self._data[probe.key] = _read(trainer, monitor, number, ranks, notify)
@@ -86,7 +88,7 @@ class Probes:
         """
         found = False
         for monitor in monitors:
-            for number, probe in enumerate(monitor.options.probes):
+            for number, probe in enumerate(monitor.probes):
                 awaited = self._data[probe.key].awaits_loader and probe.key not in self._unreadable
                 if not awaited or not _compat.validation_loaders(trainer):
                     continue
@@ -121,7 +123,7 @@ def _read(
     trainer: Trainer, monitor: DynamicsMonitor[Any], number: int, ranks: Ranks, notify: Callable[[str], None]
 ) -> ProbeData:
     """One of a monitor's probes."""
-    probe = monitor.options.probes[number]
+    probe = monitor.probes[number]
     validates = probe.split == "validation"
     return read_probe(
         probe,

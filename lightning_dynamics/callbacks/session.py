@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +22,12 @@ from lightning_dynamics.callbacks.checks import (
     default_cadence,
     takes_iterator,
 )
+from lightning_dynamics.callbacks.following import Follower
 from lightning_dynamics.callbacks.journal import Journal, header_of
 from lightning_dynamics.callbacks.ledger import COST, Ledger
 from lightning_dynamics.callbacks.measured import Role, When
 from lightning_dynamics.callbacks.measurements import Measurements
+from lightning_dynamics.callbacks.measuring import Failure, explain
 from lightning_dynamics.callbacks.monitor_state import MonitorState
 from lightning_dynamics.callbacks.notices import Notices
 from lightning_dynamics.callbacks.probes import Probes
@@ -51,6 +54,10 @@ class Session:
         self._ranks = Ranks(0, 1, torch.device("cpu"))
         self._last_step: int | None = None
         self._pulls = False
+        self._failures: dict[str, Failure] = {}  # of followers on this rank, until all ranks know
+        self._lost: set[str] = set()  # monitors whose follower has failed
+        self._given_up: set[str] = set()  # those of the fit before
+        self._module: Callable[[], LightningModule | None] = lambda: None
 
     @classmethod
     def of(cls, trainer: Trainer) -> Session:
@@ -86,10 +93,18 @@ class Session:
         self._pulls = takes_iterator(module)
         self._ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
         self._last_step = None
-        check_strategy(trainer)
+        self._given_up |= self._lost | set(self._failures)
+        self._failures.clear()
+        self._lost.clear()
+        check_strategy(trainer, self.monitors)
+        for monitor in self.monitors:
+            monitor.adopt(self.monitors)
         if self._pulls:
             check_batches(self.monitors)
         check_families(self.monitors)
+        known = set(self._ledger.states) - self._given_up if self._module() is module else set()
+        self._module = weakref.ref(module)
+        self._given_up = set()
         for monitor in self.monitors:
             self._restore(monitor)
         lineage = next((m._restored["lineage"] for m in self.monitors if m._restored), None)
@@ -99,6 +114,10 @@ class Session:
             trainer, module, self.monitors, self._probes, self._ledger, self._notices, self._ranks
         )
         for monitor in self.monitors:
+            if monitor.follower is not None:
+                followed = (monitor._restored or {}).get("followed")
+                goes_on = monitor.label in known
+                monitor.follower.start(trainer, module, self._ranks, goes_on, followed, self._notices.say)
             self._decide_cadence(trainer, module, monitor)
             self._expose(monitor, self._ledger.states[monitor.label].exposed)
             monitor._restored = None
@@ -118,17 +137,24 @@ class Session:
         weights = averaged_by(trainer) if _compat.only_collects_statistics(trainer) else None
         now = When(step, trainer.global_step, trainer.current_epoch, weights=weights)
         roles = {i: self._role(trainer, m, step) for i, m in enumerate(self.monitors)}
+        self._observe(now, roles)
         self._fit.take(now, {i: role for i, role in roles.items() if role.is_due}, batch)
         self._flush(step)
 
-    def batch_ends(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
-        """Steps that pull their batches from an iterator show them only now."""
+    def batch_ends(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any) -> None:
+        """Followers see what came of the batch; steps that pull their batches from an iterator show them only now."""
+        if not _compat.is_trial(trainer):
+            self._to_followers(lambda monitor, follower: follower.batch_ends(outputs))
         if self._pulls and batch is not None:
             self._show(trainer, batch)
             self._fit.check(batch)
 
     def optimizer_steps(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Note what clipping is about to do to the gradient."""
+        if not _compat.is_trial(trainer):
+            self._to_followers(
+                lambda monitor, follower: follower.optimizer_steps(optimizer, self._is_due_next(trainer, monitor))
+            )
         factor = clip_factor(trainer, optimizer)
         if factor is not None:
             for state in self._ledger.states.values():
@@ -147,7 +173,12 @@ class Session:
             # the Trainer has moved on to an epoch that does not come
             epoch = max(0, trainer.current_epoch - 1)
             when = When(step, trainer.global_step, epoch, final=True, weights=averaged_by(trainer))
-            roles = {i: self._last_role(m, step) for i, m in enumerate(self.monitors) if self._probes.of(m).items}
+            roles = {
+                i: self._last_role(m, step)
+                for i, m in enumerate(self.monitors)
+                if self._probes.of(m).items or not m.measures_on_data(True)
+            }
+            self._observe(when, roles)
             self._fit.take(when, roles, None)
         for monitor in self.monitors:
             self._ledger.settle(monitor)
@@ -156,8 +187,24 @@ class Session:
     def close(self) -> None:
         """The fit is over, one way or another."""
         self._measurements = None
+        for monitor in self.monitors:
+            if monitor.follower is not None:
+                monitor.follower.stop()
         # callbacks know their module, and it the Trainer: the registry must not keep them alive
         self.monitors = []
+
+    # What monitors may ask of each other
+
+    def memory_of(self, monitor: DynamicsMonitor[Any] | None) -> Mapping[str, Any] | None:
+        """What a monitor keeps from one measurement to the next; None without a monitor."""
+        return None if monitor is None else self._ledger.states[monitor.label].memory
+
+    def latest_spectrum(self, family: str) -> tuple[list[float], list[float]] | None:
+        """Nodes and weights of the spectrum that a Hessian monitor measured last, on rank zero."""
+        for record in reversed(self.records):
+            if f"{family}/density_nodes" in record.arrays:
+                return record.arrays[f"{family}/density_nodes"], record.arrays[f"{family}/density_weights"]
+        return None
 
     # State
 
@@ -171,7 +218,18 @@ class Session:
             "lineage": self.journal.lineage(),
             "skipped": self._ledger.skipped,
             "probes": self._probes.to_checkpoint(monitor),
+            **self._followed(monitor),
         }
+
+    def _followed(self, monitor: DynamicsMonitor[Any]) -> dict[str, Any]:
+        """What a monitor's follower needs to go on; nothing once it has failed."""
+        if monitor.follower is None or monitor.label in self._lost or monitor.label in self._failures:
+            return {}
+        try:
+            return {"followed": monitor.follower.state_dict()}
+        except Exception as error:  # told to all at the next point
+            self._failures[monitor.label] = explain(error)
+            return {}
 
     def _restore(self, monitor: DynamicsMonitor[Any]) -> None:
         if monitor._restored:
@@ -218,6 +276,75 @@ class Session:
                 f"{monitor.label} measures every {state.every} steps, meant to cost at most {budget - share:.0%} of "
                 "training. Choose otherwise with `every_n_train_steps` or `every_n_epochs`."
             )
+
+    def _to_followers(self, action: Callable[[DynamicsMonitor[Any], Follower], None]) -> None:
+        for monitor in self.monitors:
+            if monitor.follower is None or monitor.label in self._lost:
+                continue
+            started = time.monotonic()
+            try:
+                action(monitor, monitor.follower)
+            except Exception as error:  # told to all at the next point
+                self._failures[monitor.label] = explain(error)
+            self._ledger.states[monitor.label].seconds += time.monotonic() - started
+
+    def _observe(self, when: When, roles: dict[int, Role]) -> None:
+        """Let followers read the weights of this step; they may ask for a point that is not due."""
+        for i, monitor in enumerate(self.monitors):
+            follower = monitor.follower
+            if follower is None:
+                continue
+            if monitor.label in self._lost:
+                roles.pop(i, None)
+                continue
+            started = time.monotonic()
+            role = roles.get(i, Role(False, False))
+            is_due = role.is_due or follower.demands(when)
+            try:
+                follower.observe(when)
+            except Exception as error:  # told to all at the next point
+                self._failures[monitor.label] = explain(error)
+            if is_due:
+                self._tell(monitor, when, i, roles)
+            self._ledger.states[monitor.label].seconds += time.monotonic() - started
+
+    def _tell(self, monitor: DynamicsMonitor[Any], when: When, index: int, roles: dict[int, Role]) -> None:
+        """A point is due: ranks agree on what to do, or that a follower has failed."""
+        assert monitor.follower is not None
+        follower = monitor.follower
+        proposal = None
+        if monitor.label not in self._failures:
+            try:
+                proposal = follower.proposal()
+            except Exception as error:
+                self._failures[monitor.label] = explain(error)
+        agreed = self._agreed(monitor, proposal)
+        asks = False
+        if monitor.label not in self._lost:
+            try:
+                asks = follower.tell(when, agreed)
+            except Exception as error:
+                self._failures[monitor.label] = explain(error)
+            asks = self._agreed(monitor, asks)
+        if monitor.label in self._lost:
+            roles.pop(index, None)
+            return
+        role = roles.get(index, Role(False, False))
+        roles[index] = Role(True, role.second, (role.in_detail or asks) and monitor.detail is not None)
+
+    def _agreed(self, monitor: DynamicsMonitor[Any], mine: Any) -> Any:
+        """Rank zero's value; the follower is given up if one has failed."""
+        reports = self._ranks.gather((self._failures.get(monitor.label), mine))
+        failures = [failure for failure, _ in reports if failure is not None]
+        if failures:
+            self._lost.add(monitor.label)
+            self._ledger.skip(monitor, failures[0])
+        return reports[0][1]
+
+    def _is_due_next(self, trainer: Trainer, monitor: DynamicsMonitor[Any]) -> bool:
+        """Whether a monitor will be due after the step that is being taken."""
+        starts = bool(trainer.is_last_batch)
+        return monitor.cadence.due(_compat.curve_step(trainer) + 1, trainer.current_epoch + starts, starts)
 
     def _role(self, trainer: Trainer, monitor: DynamicsMonitor[Any], step: int) -> Role:
         """Whether a monitor is due at this step, and for which half of a pair."""

@@ -12,10 +12,11 @@ import pytest
 from helpers.fit import full_batch
 from helpers.modules import Classification, Regression, class_data
 from lightning.pytorch.cli import LightningCLI
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_dynamics
-from lightning_dynamics import HessianMonitor, NeuralCollapseMonitor, Probe, Spectrum
+from lightning_dynamics import DisplacementMonitor, HessianMonitor, NeuralCollapseMonitor, Probe, Reference, Spectrum
 
 
 class Plain(Regression):
@@ -179,7 +180,56 @@ def logits(module, batch):
     return module.net(batch[0])
 
 
-@pytest.mark.parametrize("kind", [HessianMonitor, NeuralCollapseMonitor, Probe, Spectrum])
+DISPLACEMENT = f"""
+        log_spaced: true
+        reference: {{reference}}
+        window: [10, 100]
+        memory: device
+        dimensions: 101
+        layers: false
+        conserved: false
+        phase_space: 1
+        phase_window: 300
+        probe: {{size: 32}}
+        probe_every_n_train_steps: 2
+        parameters: net.6.*
+        loss_fn: {__name__}.cross_entropy
+        weight_fn: {__name__}.count
+        mode: eval
+        precision: same
+        noise_draws: 2
+        also_log: [norm, from_reference]
+        monitor: true
+        name: late
+"""
+
+
+def cross_entropy(module, batch):
+    return F.cross_entropy(module.net(batch[0]), batch[1])
+
+
+def count(batch):
+    return float(len(batch[0]))
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [("{step: 1}", Reference(step=1)), ("{epoch: 0}", Reference(epoch=0)), ("{every_n_train_steps: 5}", None)],
+)
+def test_every_option_of_displacement_can_be_set_in_a_file(tmp_path, monkeypatch, reference, expected):
+    options = DISPLACEMENT.replace("{reference}", reference)
+    monitor = run(tmp_path, options, monkeypatch, DisplacementMonitor, Classifies, Classes)
+    assert monitor.reference == (expected or Reference(every_n_train_steps=5))
+    assert monitor.window == (10, 100)
+    assert monitor.options.loss_fn is cross_entropy
+    assert monitor.options.weight_fn is count
+    assert ("displacement_late/from_reference" in monitor.history[-1].scalars) == (expected is not None)
+    assert "displacement_late/gradient_norm" in monitor.history[-1].scalars
+
+
+@pytest.mark.parametrize(
+    "kind", [HessianMonitor, NeuralCollapseMonitor, DisplacementMonitor, Probe, Spectrum, Reference]
+)
 def test_every_option_has_a_help_text(kind):
     """jsonargparse reads it from the docstring's list of arguments or attributes."""
     text = inspect.getdoc(kind)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dynamics import HessianMonitor, NeuralCollapseMonitor, Probe
+from lightning_dynamics import DisplacementMonitor, HessianMonitor, NeuralCollapseMonitor, Probe, Reference
 from lightning_dynamics.callbacks import hessian
 from lightning_dynamics.callbacks.measurements import Measurements
 from lightning_dynamics.objective import Linearization
@@ -356,3 +356,41 @@ def test_batch_norm_that_synchronizes_is_refused():
     module = Regression(nn.Sequential(nn.Linear(4, 4), Synchronizes(4), nn.Linear(4, 1)))
     with pytest.raises(Exception, match=r"SyncBatchNorm, which couples the losses of all processes"):
         fit(HessianMonitor(1, 0, every_n_train_steps=1, probe=WHOLE), module, mini_batches(), **two())
+
+
+class SaysWhatItRead(pl.Callback):
+    """What every rank has read of the weights."""
+
+    def __init__(self, monitor, file):
+        self.monitor = monitor
+        self.file = file
+
+    def on_train_end(self, trainer, pl_module):
+        mine = self.monitor.follower.state_dict()["displacement"]["sums"].tolist()
+        everyone = [None] * trainer.world_size
+        dist.all_gather_object(everyone, mine)
+        if trainer.is_global_zero:
+            torch.save(everyone, self.file)
+
+
+def test_displacements_of_two_processes_are_those_of_one(tmp_path):
+    def run(name, **options):
+        monitor = DisplacementMonitor(
+            every_n_train_steps=1, reference=Reference(step=2), probe=Probe(whole=True), probe_every_n_train_steps=2
+        )
+        module = Regression(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)))
+        module.load_state_dict(weights)
+        says = [SaysWhatItRead(monitor, tmp_path / "read.pt")] if options else []
+        data = DataLoader(full_batch(24).dataset, batch_size=12 if options else 24)
+        fit([*says, monitor], module, data, default_root_dir=tmp_path / name, max_epochs=5, **options)
+        return monitor.history
+
+    weights = Regression(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))).state_dict()
+    one, other = run("one"), run("two", **two())
+    assert len(one) == len(other) == 6
+    for expected, found in zip(one, other, strict=True):
+        assert found.scalars.keys() == expected.scalars.keys()
+        for key, value in expected.scalars.items():
+            assert found.scalars[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+    first, second = torch.load(tmp_path / "read.pt", weights_only=True)
+    assert first == second

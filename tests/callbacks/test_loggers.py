@@ -13,7 +13,14 @@ from helpers.modules import Classification, Regression, class_data
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dynamics import HessianMonitor, NeuralCollapseMonitor, Probe, Spectrum, read_records
+from lightning_dynamics import (
+    DisplacementMonitor,
+    HessianMonitor,
+    NeuralCollapseMonitor,
+    Probe,
+    Spectrum,
+    read_records,
+)
 from lightning_dynamics.callbacks.ledger import COST
 
 pytestmark = pytest.mark.clients
@@ -125,12 +132,12 @@ def test_collapse_is_one_row_per_measurement_with_its_figure_in_wandb(tmp_path, 
 
 
 def test_the_default_monitors_stay_within_what_a_dashboard_can_show():
-    tables = [HessianMonitor().table, NeuralCollapseMonitor().table, COST]
+    tables = [HessianMonitor().table, NeuralCollapseMonitor().table, DisplacementMonitor().table, COST]
     shown = [quantity for table in tables for quantity in table.quantities if quantity.on_by_default]
     forms = [quantity.form for quantity in shown]
-    assert forms.count("scalar") <= 25 - 4  # four are left for displacements
+    assert forms.count("scalar") <= 25
     assert forms.count("density") == 1  # a histogram and a figure
-    assert forms.count("density") + forms.count("depth") <= 3 - 1
+    assert len(forms) - forms.count("scalar") <= 3
     assert not any(quantity.per_layer for quantity in shown)
 
 

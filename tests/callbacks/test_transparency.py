@@ -57,6 +57,7 @@ def network(module, batch):
 
 
 HESSIAN, COLLAPSE = lightning_dynamics.HessianMonitor, lightning_dynamics.NeuralCollapseMonitor
+DISPLACEMENT = lightning_dynamics.DisplacementMonitor
 
 EVERYTHING = {
     HESSIAN: {
@@ -70,13 +71,24 @@ EVERYTHING = {
         "reduce": "pool",
         "also_log": ".*",
     },
+    DISPLACEMENT: {
+        "reference": lightning_dynamics.Reference(step=2),
+        "phase_space": 1,
+        "probe_every_n_train_steps": 2,
+        "dimensions": 31,
+        "also_log": ".*",
+    },
 }
 """What a monitor can measure besides."""
 
-ALWAYS = {HESSIAN: {}, COLLAPSE: {"forward_fn": network}}
+ALWAYS = {HESSIAN: {}, COLLAPSE: {"forward_fn": network}, DISPLACEMENT: {}}
 """What a monitor has to be told here."""
 
-OTHERWISE = {HESSIAN: {"mode": "eval", "pair": False}, COLLAPSE: {"mode": "train"}}
+OTHERWISE = {
+    HESSIAN: {"mode": "eval", "pair": False},
+    COLLAPSE: {"mode": "train"},
+    DISPLACEMENT: {"mode": "eval", "memory": "host"},
+}
 """What a monitor does not do by default."""
 
 

@@ -15,7 +15,17 @@ from lightning.pytorch import Trainer
 
 from helpers.state import module_state
 
-OURS = ("hessian", "preconditioned", "gauss_newton", "residual", "fisher", "empirical_fisher", "collapse", "dynamics/")
+OURS = (
+    "hessian",
+    "preconditioned",
+    "gauss_newton",
+    "residual",
+    "fisher",
+    "empirical_fisher",
+    "collapse",
+    "displacement",
+    "dynamics/",
+)
 
 
 def digest(trainer: Trainer, module: Any, folder: Path, dataset: Any = None) -> dict[str, Any]:
