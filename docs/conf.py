@@ -8,6 +8,7 @@ from docutils.statemachine import StringList
 
 import lightning_dynamics
 from lightning_dynamics.callbacks.collapse_table import collapse_table
+from lightning_dynamics.callbacks.displacement_table import displacement_table
 from lightning_dynamics.callbacks.hessian_table import hessian_table
 from lightning_dynamics.callbacks.ledger import COST
 
@@ -29,7 +30,12 @@ napoleon_custom_sections = ["Logs", "Cost"]
 napoleon_use_ivar = True
 # the tables of quantities are read from the code
 
-TABLES = {"hessian": hessian_table(3, 1), "collapse": collapse_table(None, False), "dynamics": COST}
+TABLES = {
+    "hessian": hessian_table(3, 1),
+    "collapse": collapse_table(None, False),
+    "displacement": displacement_table(None, True, True, ["top_1"]),
+    "dynamics": COST,
+}
 
 
 class Quantities(Directive):
