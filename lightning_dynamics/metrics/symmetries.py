@@ -118,7 +118,7 @@ class SymmetryFinder:
     Every identity of :class:`Symmetry` that the shapes permit is tested on every gradient. Its residual is what is
     left, Σ|Σ terms| over units, beside what random signs of the terms would leave, Σ(Σ terms²)^½, or for ``rescale``
     Σ|a - b| beside Σ|a| + Σ|b|, so that sides which vanish are not equal. It is about 1 where there is no symmetry,
-    and what rounding leaves where there is one: 5e-8 to 3e-6 in float32. The ε of a normalization layer leaves more,
+    and what rounding leaves where there is one: 5e-8 to 5e-6 in float32. The ε of a normalization layer leaves more,
     1e-5 to 3e-3. An identity is found once enough gradients have confirmed it since one refuted it. Chance confirms a
     single number with a probability of about the tolerance; an identity that holds at the initialization only is
     refuted when weights move.

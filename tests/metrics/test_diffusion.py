@@ -590,12 +590,13 @@ def test_a_walk_in_the_logarithm_of_time_ages_fully(c):
     assert math.isnan(found.error)
 
 
-def test_subaging_lies_in_between():
-    """f(t/√t_w) with f(u) = u/(1 + u/10)."""
+@pytest.mark.parametrize("mu", [0.31, 0.5])
+def test_subaging_lies_in_between(mu):
+    """A power of t/t_w^μ that turns into another."""
     curves = expected_curves(torch.log)
-    u = curves.lags / curves.waits[:, None].sqrt()
-    found = aging_exponent(TwoTime(curves.waits, curves.lags, 7 * u / (1 + u / 10)))
-    assert found.exponent == pytest.approx(0.5, abs=0.01)
+    u = curves.lags / curves.waits[:, None] ** mu
+    found = aging_exponent(TwoTime(curves.waits, curves.lags, 7 * u / (1 + u / 10) ** 0.5))
+    assert found.exponent == pytest.approx(mu, abs=0.005)
     assert found.residual < 0.15
 
 
@@ -606,7 +607,7 @@ def test_the_units_of_length_and_time_do_not_change_aging():
 
 
 @pytest.mark.parametrize("mu", [0, 1])
-@pytest.mark.parametrize("dimension", [3, 100])
+@pytest.mark.parametrize("dimension", [3, 400])
 def test_the_error_of_aging_covers(mu, dimension):
     """Brownian walks, in time and in its logarithm, from one trajectory each."""
     times = torch.arange(5, 801, 5, dtype=torch.float64)
@@ -640,3 +641,14 @@ def test_aging_needs_two_waiting_times():
         aging_exponent(TwoTime(curves.waits[:1], curves.lags, curves.squares[:1]))
     with pytest.raises(UndefinedExponentError):
         aging_exponent(TwoTime(0 * curves.waits, curves.lags, curves.squares))
+    curves.squares[1:, 4:] = math.nan
+    with pytest.raises(UndefinedExponentError, match="five values"):
+        aging_exponent(curves)
+
+
+def test_curves_that_no_shift_brings_together_are_remarked():
+    """The displacement grows with the waiting time faster than with the lag."""
+    curves = expected_curves(lambda t: t)
+    found = aging_exponent(TwoTime(curves.waits, curves.lags, curves.squares * curves.waits[:, None] ** 3))
+    assert found.exponent == -1
+    assert any("no collapse" in remark for remark in found.remarks)
