@@ -107,11 +107,11 @@ class DisplacementMonitor(CurvatureMonitor):
 
     Cost:
         At each step one read of the weights: 4 % of a step for a fully connected network of 10 million parameters at
-        batch size 512, a quarter of one at batch size 32; exact copies take two to three times as much. At points
-        nothing that grows with the network but two passes over weights and gradients; a fit of the exponent (a third of
-        a second) every 12 % of the lag and at the end. Memory: four vectors of at most 65,521 numbers for each
-        parameter, four copies of the parameters with ``"device"`` and ``"host"``, in checkpoints as well; with
-        ``phase_space`` 2k copies, and 2k more reads a step.
+        batch size 512, a quarter of one at batch size 32; exact copies take two to three times as much. At points a few
+        reads; a fit of the exponent (a third of a second) every 12 % of the lag and at the end; symmetries are looked
+        for at the first, second, fourth, eighth … of them, in 20 to 40 reads. Memory: four vectors of at most 65,521
+        numbers for each parameter, four copies of the parameters with ``"device"`` and ``"host"``, in checkpoints as
+        well; with ``phase_space`` 2k copies, and 2k more reads a step.
 
     Example:
         >>> from lightning_dynamics import DisplacementMonitor, Reference

@@ -45,7 +45,6 @@ from lightning_dynamics.recording.quantity import layer_keys
 _MOST_READ = 32  # readings that wait to be measured
 _UNREAD = 256  # rows of positions that wait on the device
 _SAME = 1e-8  # relative squared distance of weights that count as the same
-_SEARCHES = 16  # gradients that symmetries are looked for in, one after the other; then every so many
 
 Memory = Literal["projection", "device", "host"]
 """Where the start, the last weights and the last step are kept, and how."""
@@ -319,7 +318,7 @@ class Trajectory(Follower):
         self._gradients[id(optimizer)] = square
         if self._is_sharded or not self._way.symmetries:
             return
-        if self._searches < _SEARCHES or self._searches % _SEARCHES == 0:
+        if self._searches & (self._searches + 1) == 0:  # at the first, second, fourth, eighth … point
             plain = {name: weight.detach() for name, weight in weights.items()}
             self._finder.update(plain, gradients)
         self._searches += 1
