@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_dynamics import HessianMonitor, Probe
+from lightning_dynamics import DisplacementMonitor, HessianMonitor, Probe
 from lightning_dynamics.callbacks.measuring import AsymmetryError, explain
 
 WHOLE = Probe(whole=True)
@@ -207,7 +207,10 @@ def test_sharded_strategies():
         strategy = ModelParallelStrategy()
 
     with pytest.raises(MisconfigurationException, match="ModelParallelStrategy shards the weights"):
-        check_strategy(Trainer())
+        check_strategy(Trainer(), [DisplacementMonitor(), HessianMonitor()])
+    with pytest.raises(MisconfigurationException, match="DisplacementMonitor runs on a single device"):
+        check_strategy(Trainer(), [DisplacementMonitor(probe=WHOLE)])
+    check_strategy(Trainer(), [DisplacementMonitor()])
 
 
 def test_a_step_that_fails_on_the_probe_says_where():
