@@ -81,7 +81,12 @@ def train(steps: int, seed: int, folder: Path) -> tuple[DisplacementMonitor, Dis
     detected = DisplacementMonitor(probe=whole, probe_every_n_train_steps=max(1, steps // 16))
     late = DisplacementMonitor(name="late", reference=Reference(step=steps // 2), layers=False, conserved=False)
     every = max(1, steps // 8)
-    hessian = HessianMonitor(every_n_train_steps=every, spectrum=Spectrum(every_n_train_steps=every), probe=whole)
+    hessian = HessianMonitor(
+        every_n_train_steps=every,
+        pair=False,
+        spectrum=Spectrum(every_n_train_steps=every, num_vectors=4),
+        probe=Probe(size=512, batch_size=256),
+    )
 
     trainer = pl.Trainer(
         accelerator="cpu",

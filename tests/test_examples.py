@@ -57,6 +57,16 @@ def collapse():
     return load("neural_collapse")
 
 
+@pytest.fixture(scope="module")
+def regression():
+    return load("linear_regression")
+
+
+@pytest.fixture(scope="module")
+def diffusion():
+    return load("diffusion")
+
+
 def test_the_transformer_comes_to_the_edge_of_adam_first_where_the_learning_rate_is_larger(
     transformer, tmp_path, capsys
 ):
@@ -239,3 +249,84 @@ def test_the_digits_are_as_many_of_each_class(collapse):
     assert len(validation) == 297
     joined = torch.cat([training.tensors[0], validation.tensors[0]])
     assert joined.mean().abs() < 1e-5
+
+
+def test_a_solved_regression_moves_as_theory_says_for_the_order_of_its_batches(
+    regression, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(regression, "MANY", torch.logspace(-1, -1.3, 200).tolist())  # they relax in 100 steps
+    planes, ways = regression.main(["--steps", "1400", "--folder", str(tmp_path)])
+    for found in planes.values():
+        for rows in found.values():
+            assert all(abs(row.deviation) < 5 for row in rows if row.error > 0)
+    for order, found in planes.items():
+        by_name = {mode: {row.name: row for row in rows} for mode, rows in found.items()}
+        ratio, variance = by_name["bottom_1"]["Var p/Var q"], by_name["bottom_1"]["Var q"]
+        if order == "with_replacement":
+            assert ratio.theory == pytest.approx(ratio.white, rel=1e-3)
+            assert by_name["top_2"]["frequency"].value == pytest.approx(by_name["top_2"]["frequency"].white, rel=0.2)
+        else:
+            assert ratio.theory > 14 * ratio.white
+            assert ratio.value > 9 * ratio.white
+            assert ratio.value - 5 * ratio.error > ratio.white
+            assert variance.value < variance.white / 15
+    for name, slow, fast in (("momentum", 1.8, 2.0), ("no_momentum", 0.9, 1.0)):
+        rows = ways[name]
+        assert all(abs(row.deviation) < 5 for _, row, _ in rows)
+        assert all(null == pytest.approx(row.theory, abs=0.02) for _, row, null in rows)
+        assert slow < rows[0][1].theory < fast
+        assert rows[-1][1].theory < 0.35
+    out = capsys.readouterr().out
+    assert out.count("noise +") == 8
+    assert out.count("drift and diffusion: ") == 2
+    for run in ("with_replacement", "reshuffled", "momentum", "no_momentum"):
+        version = tmp_path / run / "version_0"
+        assert {record.monitor for record in read_records(version)} == {"DisplacementMonitor", "HessianMonitor"}
+        assert list(version.glob("events.out.tfevents.*"))
+    for picture in ("linear_regression.png", "linear_regression_planes.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_the_data_of_the_regression_have_the_hessian_and_the_minimum_that_were_asked_for(regression):
+    data = regression.Regression([6.0, 2.0, 0.5])
+    inputs, targets = data[range(len(data))]
+    assert torch.linalg.eigvalsh(inputs.T @ inputs / len(data)).tolist() == pytest.approx([0.5, 2, 6], rel=1e-4)
+    assert (inputs.T @ (inputs.sum(1) - targets) / len(data)).abs().max() < 1e-5
+    gradients = (inputs.sum(1) - targets)[:, None] * (inputs.double() @ data.vectors)
+    assert data.gradient_noise().tolist() == pytest.approx(gradients.square().mean(0).tolist(), rel=1e-4)
+
+
+def test_weights_of_the_digits_network_diffuse_beside_their_nulls(diffusion, tmp_path, capsys):
+    detected, late = diffusion.main(["--steps", "1200", "--folder", str(tmp_path)])
+    last = diffusion.fitted(detected)[-1]
+    start = last.notes["reference"]["step"]
+    losses = {r.step: r.scalars["displacement/training_loss"] for r in detected.history if r.step >= start}
+    assert 200 <= start <= 800
+    assert losses[1200] < losses[start] < 0.2
+    for family, record in (("displacement", last), ("displacement_late", diffusion.fitted(late)[-1])):
+        assert 0 < record.scalars[f"{family}/exponent"] < 1.2
+        assert 0 < record.errors[f"{family}/exponent"] < 0.5
+        assert record.scalars[f"{family}/exponent_drift"] > 0.999
+        assert record.scalars[f"{family}/exponent_ou"] < 0.2
+        # in the measured bowl weights would have turned back long ago
+        assert record.notes["exponent"]["ou"]["excluded"]
+        assert record.notes["exponent"]["ou"]["amplitude"] > 2
+    end = detected.history[-1]
+    assert end.scalars["displacement/gradient_norm"] > 0.01
+    assert [each.partition(":")[0] for each in end.notes["symmetries"]] == [
+        "scale",
+        "shift",
+        "shift",
+        "rescale",
+        "rescale",
+    ]
+    assert abs(end.scalars["displacement/radial_cosine/net_0"]) < 1e-4
+    assert end.scalars["displacement/rescale_change/net_3-net_5"] > 0.1
+    out = capsys.readouterr().out
+    assert f"the reference lies, at step {start} of 1200" in out
+    assert "Aging exponent" in out
+    assert "scale: net.0.weight" in out
+    version = tmp_path / "digits" / "version_0"
+    assert read_records(version)[-1].step == 1200
+    assert list(version.glob("events.out.tfevents.*"))
+    assert (tmp_path / "diffusion.png").stat().st_size > 10_000

@@ -283,7 +283,9 @@ def test_a_projection_is_taken_into_account():
     assert effective_dimension(small) == pytest.approx(1024, rel=0.1)
     assert effective_dimension(small, 4000) > 2500
     assert effective_dimension(small, 4000) <= 4000
-    mixed = walk(fractional(1.0), torch.ones(300), generator(0)) @ torch.randn(300, 1500, generator=generator(1)).double()
+    mixed = (
+        walk(fractional(1.0), torch.ones(300), generator(0)) @ torch.randn(300, 1500, generator=generator(1)).double()
+    )
     small = torch.nn.functional.pad(mixed * signs[:1500], (0, 548)).view(len(mixed), 2, 1024).sum(1)
     assert effective_dimension(small, 1500) == pytest.approx(effective_dimension(mixed), rel=0.06)
     few = walk(fractional(1.0), torch.ones(20), generator(0))
@@ -568,7 +570,7 @@ def test_two_time_displacements_are_those_of_the_snapshots():
     ("times", "waits"), [([0, 1], [1]), ([0, 1, 1], [1]), ([0, 1, 2], [3]), ([0, 1, 2], []), ([1, 2, 3], [0])]
 )
 def test_waiting_times_without_snapshots_are_refused(times, waits):
-    with pytest.raises(ValueError, match="needed|must lie"):
+    with pytest.raises(ValueError, match=r"needed|must lie"):
         two_time(torch.tensor(times), torch.zeros(len(times), 2), torch.tensor(waits))
 
 
@@ -624,6 +626,17 @@ def test_the_error_of_aging_covers(mu, dimension):
     assert hits >= 12
     ratio = float(torch.tensor(errors).median() / torch.tensor(deviations).square().mean().sqrt())
     assert 0.5 < ratio < 2.2
+
+
+def test_the_error_is_continuous_where_the_clock_becomes_logarithmic():
+    waits, lags = torch.tensor([10.0, 40, 160, 640], dtype=torch.float64), log_spaced(1, 5000, 10)
+    errors = []
+    for mu in (0.99, 1.0):
+        shifted = lags.log() - mu * waits.log()[:, None]
+        found = aging_exponent(TwoTime(waits, lags, (shifted + 0.02 * shifted**2).exp()), 100)
+        assert found.exponent == pytest.approx(mu, abs=5e-4)
+        errors.append(found.error)
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
 
 
 def test_aging_of_a_saturated_motion_is_said_to_be_unknown():
