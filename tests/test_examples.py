@@ -255,7 +255,7 @@ def test_a_solved_regression_moves_as_theory_says_for_the_order_of_its_batches(
     regression, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(regression, "MANY", torch.logspace(-1, -1.3, 200).tolist())  # they relax in 100 steps
-    planes, ways = regression.main(["--steps", "1400", "--folder", str(tmp_path)])
+    planes, ways = regression.main(["--steps", "1000", "--folder", str(tmp_path)])
     for found in planes.values():
         for rows in found.values():
             assert all(abs(row.deviation) < 5 for row in rows if row.error > 0)

@@ -408,10 +408,10 @@ class DisplacementMonitor(CurvatureMonitor):
         # nothing was fitted: the amplitude has to be right as well
         excluded = against.null_is_excluded or not 1 / _AMPLITUDE < against.amplitude < _AMPLITUDE
         into.notes["exponent"]["ou"] = {"amplitude": against.amplitude, "excluded": excluded}
-        into.arrays[self._key("ou_squares")] = curve(torch.tensor(trail.lags, dtype=torch.float64)).tolist()
+        into.arrays[self._key("ou_squares")] = curve.tolist()
 
-    def _in_a_bowl(self, reading: Reading, trail: Trail, law: PowerLaw) -> Any:
-        """The curve of a stationary motion in a bowl with the measured Hessian."""
+    def _in_a_bowl(self, reading: Reading, trail: Trail, law: PowerLaw) -> Tensor:
+        """Squared displacements of a stationary motion in a bowl with the measured Hessian, at the trail's lags."""
         if isinstance(reading.dynamics, str):
             raise LookupError(reading.dynamics)
         found = None if self._session is None else _hessian_among(self._session.monitors)
@@ -427,11 +427,7 @@ class DisplacementMonitor(CurvatureMonitor):
         steps = torch.tensor(trail.steps, dtype=torch.float64)
         mean = float((lengths * steps)[inside].sum() / lengths[inside].sum())
 
-        def curve(at: Tensor) -> Tensor:
-            whole = at.double().round().clamp(min=1).long()
-            return ornstein_uhlenbeck_displacement(dynamics, nodes, weights, mean, whole, reading.weight_decay)
-
-        return curve
+        return ornstein_uhlenbeck_displacement(dynamics, nodes, weights, mean, trail.lags, reading.weight_decay)
 
     def _enter_aging(self, law: PowerLaw, trail: Trail, point: Point[Any], into: Measured) -> None:
         times, positions = trail.all()
