@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lightning_dynamics.callbacks.joint import RankPart, make_way
 from lightning_dynamics.linalg import OnSpaceOf
-from lightning_dynamics.objective import HessianOperator, Layout, Linearization, Objective, Part, Sum
+from lightning_dynamics.objective import HessianOperator, Layout, Linearization, MiniBatchSums, Objective, Part, Sum
 
 _PARTS: tuple[Part, ...] = ("all", "even", "odd")
 _SUMS: tuple[Sum, ...] = ("hessian", "gauss_newton", "residual", "fisher", "empirical_fisher", "slope")
-_FIT, _EVALUATE, _PRODUCT = 1, 2, 3
+_FIT, _EVALUATE, _PRODUCT, _SURVEY = 1, 2, 3, 4
 
 
 class LinearizationPart(RankPart[Linearization]):
@@ -34,6 +34,8 @@ class LinearizationPart(RankPart[Linearization]):
         if code == _FIT:
             self.fit(first)
             return None
+        if code == _SURVEY:
+            return self.survey(self.ranks.share(None))
         like = torch.empty(size, dtype=torch.float64 if first // 8 else torch.float32, device=self.ranks.device)
         if code == _EVALUATE:
             return self.evaluate(bool(first % 8), like)[2]
@@ -66,6 +68,10 @@ class LinearizationPart(RankPart[Linearization]):
         if gradient is None:
             gradient = torch.zeros_like(like)
         return self.ranks.sum(stats), self.ranks.sum(gradient), error
+
+    def survey(self, into: MiniBatchSums) -> BaseException | None:
+        """Show this rank's mini-batches to an accumulator; on rank zero it is then the sum over all of them."""
+        return self.summed(into, lambda local: local.survey(into))
 
     def product(self, vector: Tensor, part: Part, kind: Sum) -> tuple[Tensor, Tensor, BaseException | None]:
         """This rank's part of a product, and the sum over all of them on rank zero."""
@@ -126,6 +132,11 @@ class JointLinearization(OnSpaceOf):
         failed, image, error = self._part.product(vector, part, kind)
         self._part.check(float(failed), error)
         return image
+
+    def survey(self, into: MiniBatchSums) -> None:
+        make_way(self._interrupted)
+        self._part.command(_SURVEY)
+        self._part.survey(self._part.ranks.share(into))
 
 
 def _width(tensor: Tensor) -> int:

@@ -14,6 +14,7 @@ from lightning_dynamics.callbacks.cadence import check_positive_integer
 from lightning_dynamics.callbacks.lightning_replay import Circumstances, Item, ModuleRun, ReplayOptions, check_choice
 from lightning_dynamics.callbacks.map_style import ProbeItem
 from lightning_dynamics.objective import Engine, Objective, OutputFn, ParameterFilter
+from lightning_dynamics.objective.samples import slices
 
 # the function first, and without its return type: configuration files take anything else for a string
 LossFn = Callable[[LightningModule, Any], Any] | str
@@ -91,6 +92,8 @@ def lightning_objective(
         parameters=options.parameters,
         output_fn=_placed(options.output_fn, step),
         matrices=matrices,
+        pieces=circumstances.pieces,
+        samples_of=step.samples,
         noise_draws=options.noise_draws,
         engine=options.engine,
         **how,
@@ -130,6 +133,10 @@ class _Step(ModuleRun):
         if self._loss_fn is not None:
             return self._loss_fn(module, batch)  # type: ignore[no-any-return]
         return self._loss_of(module, _call_step(module, batch, index // self._trainer.world_size))
+
+    def samples(self, item: Item) -> list[Item]:
+        """A probe item's samples, each as an item of its own, ready for the step."""
+        return [(sample, item[1], True) for sample in slices(self.ready(item))]
 
     def _settle(self, loss: Tensor) -> None:
         self._backward.append(loss)

@@ -74,12 +74,14 @@ class Circumstances:
         clones: Cache of large private tensors.
         least: The precision to compute in at least, whatever the options say; None for what they say.
         epoch: What the step shall take for the current epoch, None for what the Trainer says.
+        pieces: Consecutive batches that make one mini-batch.
     """
 
     values: Mapping[str, Tensor] | None = None
     clones: Clones | None = None
     least: torch.dtype | None = None
     epoch: int | None = None
+    pieces: int = 1
 
 
 class ModuleRun:

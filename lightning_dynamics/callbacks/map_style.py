@@ -47,11 +47,20 @@ class ProbeItem:
     weight: float
 
 
-def share_batches(count: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
-    """This rank's batch numbers, as many on every rank; where there are too few, one is repeated and does not count."""
+def share_batches(count: int, rank: int, world_size: int, together: int = 1) -> list[tuple[int, bool]]:
+    """This rank's batch numbers, as many on every rank; where there are too few, some are repeated and do not count.
+
+    Args:
+        count: Batches over all ranks.
+        rank: This process's number.
+        world_size: Number of processes.
+        together: So many consecutive batches stay on one rank.
+    """
+    groups = -(-count // together)
     return [
-        (index if index < count else 0, index < count)
-        for index in range(rank, count + (-count) % world_size, world_size)
+        (number if number < count else number % together, number < count)
+        for group in range(rank, groups + (-groups) % world_size, world_size)
+        for number in range(group * together, (group + 1) * together)
     ]
 
 
@@ -96,6 +105,41 @@ class MapStyleSource:
             ProbeItem(batch, index, is_ready=False, weight=float(len(groups[index])) if counts else 0.0)
             for (index, counts), batch in zip(shares, batches, strict=True)
         ]
+
+    def draw(self, count: int, batch_size: int, seed: int) -> list[int]:
+        """Samples of mini-batches drawn independently of each other, without repetition within each, one by one."""
+        if batch_size > len(self.members):
+            raise ValueError(f"a batch of {batch_size} samples cannot be drawn from {len(self.members)}")
+        drawn: list[int] = []
+        for number in range(count):
+            generator = torch.Generator().manual_seed(stream_seed(seed, len(self.members), number))
+            order = torch.randperm(len(self.members), generator=generator)[:batch_size].tolist()
+            drawn += [self.members[i] for i in order]
+        return drawn
+
+    def read_draws(
+        self, drawn: Sequence[int], batch_size: int, seed: int, rank: int, world_size: int
+    ) -> list[ProbeItem]:
+        """This rank's share of drawn batches, each in pieces of the loader's own batch size.
+
+        Partners, the batches 2j and 2j + 1, stay on one rank. A sample that comes in several batches draws its noise
+        anew in each.
+        """
+        pieces: list[list[int]] = []
+        for number, start in enumerate(range(0, len(drawn), batch_size)):
+            whole: list[int] = [_Drawn.of(sample, number) for sample in drawn[start : start + batch_size]]
+            pieces += [whole[first : first + self.batch_size] for first in range(0, batch_size, self.batch_size)]
+        together = 2 * self.pieces(batch_size)
+        shares = share_batches(len(pieces), rank, world_size, together)
+        batches = _read_batches(self.loader, [pieces[index] for index, _ in shares], seed)
+        return [
+            ProbeItem(batch, index, is_ready=False, weight=float(len(pieces[index])) if counts else 0.0)
+            for (index, counts), batch in zip(shares, batches, strict=True)
+        ]
+
+    def pieces(self, batch_size: int) -> int:
+        """Batches of the loader's size that a drawn batch is made of."""
+        return -(-batch_size // self.batch_size)
 
     def choose(self, wanted: int, seed: int) -> list[int]:
         """A random subset, stratified by label where labels are plain, of whole batches where there are enough."""
@@ -164,6 +208,18 @@ def _plain_labels(dataset: Any) -> Sequence[int] | None:
     return array.tolist() if plain else None
 
 
+class _Drawn(int):
+    """A sample's index that knows for which drawn batch it is asked for."""
+
+    number: int
+
+    @classmethod
+    def of(cls, index: int, number: int) -> _Drawn:
+        drawn = cls(index)
+        drawn.number = number
+        return drawn
+
+
 class _SeededSamples(Dataset[Any]):
     """A data set whose samples draw their noise each from a stream of its own, whoever reads them."""
 
@@ -173,10 +229,11 @@ class _SeededSamples(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         self._draw_from(index)
-        return self._dataset[index]
+        return self._dataset[int(index)]
 
     def _draw_from(self, index: int) -> None:
-        seed = stream_seed(self._seed, index)
+        again = [index.number] if isinstance(index, _Drawn) else []
+        seed = stream_seed(self._seed, int(index), *again)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
@@ -192,7 +249,7 @@ class _SeededGroups(_SeededSamples):
 
     def __getitems__(self, indices: list[int]) -> Any:
         self._draw_from(indices[0])
-        return self._dataset.__getitems__(indices)
+        return self._dataset.__getitems__([int(index) for index in indices])
 
 
 def _read_batches(loader: DataLoader[Any], groups: Sequence[Sequence[int]], seed: int) -> Iterable[Any]:

@@ -38,8 +38,13 @@ class Probe:
         first_batches: Copy that many first batches of training instead.
         current_batch: The batch of the step at hand, a new one each time.
         dataloader: A loader of your own; its batches are read once, at the start of ``fit``.
+        draws: That many mini-batches instead, an even number, each drawn at random from the whole training set by
+            itself: what quantities of single mini-batches are averaged over. They have the size of training's own,
+            accumulation and all ranks together, and are run in pieces of the loader's batch size. A sample may come in
+            several. Where samples cannot be chosen, the batches that pass first.
         batch_size: Samples per probe batch; the training loader's by default, so that losses and layers that couple the
-            samples of a batch (batch norm, contrastive losses) are those that are trained.
+            samples of a batch (batch norm, contrastive losses) are those that are trained. With ``draws`` the size of a
+            drawn batch.
         seed: Seed of the choice of samples, of their augmentation, and of the noise during measurements.
     """
 
@@ -49,6 +54,7 @@ class Probe:
     first_batches: int | None = None
     current_batch: bool = False
     dataloader: Any = None
+    draws: int | None = None
     batch_size: int | None = None
     seed: int = 0
 
@@ -57,6 +63,9 @@ class Probe:
         check_positive_integer("first_batches", self.first_batches, optional=True)
         check_positive_integer("batch_size", self.batch_size, optional=True)
         check_positive_integer("seed", self.seed, least=0)
+        check_positive_integer("draws", self.draws, optional=True, least=4)
+        if self.draws is not None and self.draws % 2:
+            raise MisconfigurationException(f"`draws` must be an even number, got {self.draws}.")
         given = [
             name
             for name, is_given in (
@@ -64,6 +73,7 @@ class Probe:
                 (f"first_batches={self.first_batches}", self.first_batches is not None),
                 ("current_batch=True", self.current_batch),
                 ("dataloader=…", self.dataloader is not None),
+                (f"draws={self.draws}", self.draws is not None),
             )
             if is_given
         ]
@@ -84,6 +94,7 @@ class Probe:
             self.first_batches,
             self.current_batch,
             id(self.dataloader) if self.dataloader is not None else None,
+            self.draws,
             self.batch_size,
             self.seed,
         )
@@ -100,6 +111,9 @@ class ProbeData:
         population: Samples in the training set, None where it has no length.
         wanted: How many batches are still to be copied as they pass; 0 once the probe is complete.
         awaits_loader: Whether the loader that it comes from is not there yet.
+        pieces: Consecutive batches that make one drawn mini-batch, None where nothing is drawn.
+        draws: Number of drawn mini-batches, over all ranks.
+        batch_size: Samples of each, None if that is not known.
         kept: What a checkpoint needs to have the same data again.
     """
 
@@ -109,6 +123,9 @@ class ProbeData:
     population: int | None = None
     wanted: int = 0
     awaits_loader: bool = False
+    pieces: int | None = None
+    draws: int | None = None
+    batch_size: int | None = None
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -122,11 +139,15 @@ class ProbeData:
 
     def describe(self) -> dict[str, Any]:
         """The facts that stand with every curve."""
-        return {"kind": self.kind, "n": self.size, "N": self.population, "fraction": self.fraction}
+        drawn = {} if self.draws is None else {"draws": self.draws, "batch_size": self.batch_size}
+        return {"kind": self.kind, "n": self.size, "N": self.population, "fraction": self.fraction, **drawn}
 
     def to_checkpoint(self) -> dict[str, Any]:
         """What :func:`read_probe` needs to have the same data again; empty while the probe is incomplete."""
-        return {**self.kept, "kind": self.kind, "size": self.size} if self.is_complete else {}
+        if not self.is_complete:
+            return {}
+        drawn = {"pieces": self.pieces, "draws": self.draws, "batch_size": self.batch_size}
+        return {**self.kept, "kind": self.kind, "size": self.size, **({} if self.draws is None else drawn)}
 
     def copy_passing(self, batch: Any, rank: int, world_size: int) -> None:
         """Take a batch that passes by, as long as some are wanted.
@@ -134,7 +155,10 @@ class ProbeData:
         Raises:
             MisconfigurationException: If the first batch cannot be copied.
         """
-        index = len(self.items) * world_size + rank
+        # partners, two drawn batches, stay on one rank
+        together = 1 if self.pieces is None else 2 * self.pieces
+        group, place = divmod(len(self.items), together)
+        index = (group * world_size + rank) * together + place
         try:
             item = ProbeItem(private_copy(batch), index, is_ready=True, weight=batch_length(batch))
         except Exception as error:
@@ -157,6 +181,7 @@ def read_probe(
     world_size: int,
     notify: Callable[[str], None],
     kept: Mapping[str, Any] | None = None,
+    accumulated: int = 1,
 ) -> ProbeData:
     """Read a probe's data, or say how many passing batches are to be copied.
 
@@ -168,6 +193,7 @@ def read_probe(
         world_size: Number of processes; each reads its own share.
         notify: Told once where the default could not be had, and why.
         kept: What a checkpoint kept of the same probe.
+        accumulated: Batches of each rank that make one step of training.
 
     Raises:
         MisconfigurationException: If the whole set or a loader of the user's was asked for and cannot be read, or is
@@ -178,16 +204,21 @@ def read_probe(
     if probe.dataloader is not None:
         return _read_loader(probe, rank, world_size)
     if kept and ("batches" in kept or "files" in kept):
-        items = restore_batches(kept, rank, world_size)
+        pieces = kept.get("pieces")
+        items = restore_batches(kept, rank, world_size, 1 if pieces is None else 2 * pieces)
         if items is not None:
-            return ProbeData(kept["kind"], items, size=kept["size"], kept=dict(kept))
+            drawn: dict[str, Any] = {name: kept.get(name) for name in ("pieces", "draws", "batch_size")}
+            return ProbeData(kept["kind"], items, size=kept["size"], **drawn, kept=dict(kept))
         notify("The batches of the probe are not where the checkpoint left them: the curves go on with others.")
     if probe.split == "validation" and not loaders:
         # with `check_val_every_n_epoch` Lightning asks for them later; to ask earlier could draw other random numbers
         return ProbeData("the validation set, once there are loaders", awaits_loader=True)
     if probe.first_batches is not None:
         return ProbeData(f"the first {probe.first_batches} batches of training", wanted=probe.first_batches)
-    source = MapStyleSource.of(loaders, probe.batch_size, num_batches * world_size, probe.split)
+    own_size = None if probe.draws is not None else probe.batch_size
+    source = MapStyleSource.of(loaders, own_size, num_batches * world_size, probe.split)
+    if probe.draws is not None:
+        return _read_draws(probe, probe.draws, source, rank, world_size, notify, kept, accumulated)
     data = f"{probe.split} set"
     if isinstance(source, str):
         reason = source
@@ -218,6 +249,58 @@ def read_probe(
     count = max(1, math.ceil(probe.size / (batch_size * world_size))) if batch_size else 8
     notify(f"The probe is the first {count} training batches, not a random subset of the training set: {reason}.")
     return ProbeData(f"the first {count} batches of training", wanted=count)
+
+
+def _read_draws(
+    probe: Probe,
+    draws: int,
+    source: MapStyleSource | str,
+    rank: int,
+    world_size: int,
+    notify: Callable[[str], None],
+    kept: Mapping[str, Any] | None,
+    accumulated: int,
+) -> ProbeData:
+    """Mini-batches drawn independently of each other; where that cannot be, those that pass first."""
+    if isinstance(source, str):
+        reason = source
+    else:
+        population = len(source.members)
+        batch_size = probe.batch_size or min(source.batch_size * world_size * accumulated, population)
+        if kept and "samples" in kept:
+            drawn, batch_size = list(kept["samples"]), kept["batch_size"]
+        elif batch_size > population:
+            raise MisconfigurationException(
+                f"A mini-batch of {batch_size} samples cannot be drawn from {population}. Ask for a smaller one."
+            )
+        else:
+            drawn = source.draw(draws, batch_size, probe.seed)
+        try:
+            items = source.read_draws(drawn, batch_size, probe.seed, rank, world_size)
+        except Exception as error:
+            reason = f"reading the training set in a process of its own failed ({error!r})"
+        else:
+            return ProbeData(
+                f"{draws} mini-batches of {batch_size}, each drawn from the {probe.split} set by itself",
+                items,
+                size=len(set(drawn)),
+                population=population,
+                pieces=source.pieces(batch_size),
+                draws=draws,
+                batch_size=batch_size,
+                kept={"samples": list(drawn)},
+            )
+    if probe.split == "validation" or probe.batch_size is not None:
+        wanted = "`split='validation'`" if probe.split == "validation" else f"`batch_size={probe.batch_size}`"
+        raise MisconfigurationException(
+            f"{wanted} with `draws` needs a map-style {probe.split} set in one loader, but {reason}."
+        )
+    pieces = accumulated * world_size
+    here = 2 * math.ceil(draws / (2 * world_size))
+    made_of = "" if pieces == 1 else f" ({pieces} batches of the loaders each)"
+    notify(f"The mini-batches are the first of training{made_of}, not drawn from the training set: {reason}.")
+    kind = f"the first {here * world_size} mini-batches of training"
+    return ProbeData(kind, wanted=here * pieces, pieces=pieces, draws=here * world_size)
 
 
 def _read_loader(probe: Probe, rank: int, world_size: int) -> ProbeData:

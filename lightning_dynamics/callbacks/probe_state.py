@@ -57,8 +57,15 @@ def keep_batches(items: Sequence[ProbeItem], ranks: Ranks, directory: Path | Non
     return {} if None in files else {"files": files}
 
 
-def restore_batches(kept: Mapping[str, Any], rank: int, world_size: int) -> list[ProbeItem] | None:
-    """This rank's share of the batches that :func:`keep_batches` kept; None if a file is gone or not what it was."""
+def restore_batches(kept: Mapping[str, Any], rank: int, world_size: int, together: int = 1) -> list[ProbeItem] | None:
+    """This rank's share of the batches that :func:`keep_batches` kept; None if a file is gone or not what it was.
+
+    Args:
+        kept: What was kept.
+        rank: This process's number.
+        world_size: Number of processes.
+        together: So many consecutive batches stay on one rank.
+    """
     if "batches" in kept:
         entries = [(entry["index"], entry["weight"], entry["batch"]) for entry in kept["batches"]]
     else:
@@ -75,7 +82,7 @@ def restore_batches(kept: Mapping[str, Any], rank: int, world_size: int) -> list
         entries.sort(key=lambda entry: entry[0])
     return [
         ProbeItem(entries[i][2], entries[i][0], is_ready=True, weight=entries[i][1] if counts else 0.0)
-        for i, counts in share_batches(len(entries), rank, world_size)
+        for i, counts in share_batches(len(entries), rank, world_size, together)
     ]
 
 

@@ -116,6 +116,9 @@ class Probes:
     def _agree(self, data: ProbeData, directory: Path | None) -> None:
         """All ranks have copied their batches: agree on what there is."""
         data.size = int(sum(self._ranks.gather(sum(item.weight for item in data.items))))
+        if data.pieces is not None:  # training may have ended before all had passed
+            data.draws = sum(self._ranks.gather(len(data.items) // data.pieces))
+            data.batch_size = round(data.size / data.draws) if data.draws else None
         data.kept = keep_batches(data.items, self._ranks, directory)
 
 
@@ -133,6 +136,7 @@ def _read(
         ranks.world_size,
         lambda text: notify(f"{monitor.label}: {text}"),
         kept=_kept(monitor, number),
+        accumulated=trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1,
     )
 
 

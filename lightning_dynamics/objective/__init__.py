@@ -13,12 +13,15 @@ from lightning_dynamics.objective.features import (
 from lightning_dynamics.objective.layers import Anatomy, Tap, discover, resolve
 from lightning_dynamics.objective.linearization import Linearization, Part, Sum
 from lightning_dynamics.objective.loss import Engine, LossFunction, Objective
+from lightning_dynamics.objective.mini_batch import MiniBatch, MiniBatchSums
 from lightning_dynamics.objective.outputs import Kind, OutputFn
 from lightning_dynamics.objective.parameters import Layout, ParameterFilter, select_parameters
+from lightning_dynamics.objective.samples import CoupledSamplesError
 from lightning_dynamics.objective.sandbox import Sandbox
 
 __all__ = [
     "Anatomy",
+    "CoupledSamplesError",
     "Engine",
     "FeatureBatch",
     "FeatureFn",
@@ -31,6 +34,8 @@ __all__ = [
     "Layout",
     "Linearization",
     "LossFunction",
+    "MiniBatch",
+    "MiniBatchSums",
     "Objective",
     "OutputFn",
     "ParameterFilter",

@@ -15,6 +15,7 @@ from lightning_dynamics.linalg.krylov import random_vector
 from lightning_dynamics.linalg.operator import OnSpaceOf, Space, SymmetricOperator
 from lightning_dynamics.objective.linearization import Part, Sum
 from lightning_dynamics.objective.loss import Objective
+from lightning_dynamics.objective.mini_batch import MiniBatchSums
 from lightning_dynamics.objective.outputs import Kind
 from lightning_dynamics.objective.parameters import Layout
 
@@ -32,6 +33,8 @@ class Evaluation(Space, Protocol):
     def evaluate(self, keep: bool | None = None, reserve: int = 0) -> tuple[float, Tensor]: ...
 
     def product(self, vector: Tensor, part: Part = "all", kind: Sum = "hessian") -> Tensor: ...
+
+    def survey(self, into: MiniBatchSums) -> None: ...
 
 
 class HessianOperator(OnSpaceOf):
@@ -90,6 +93,10 @@ class HessianOperator(OnSpaceOf):
     def operator(self, kind: Kind = "hessian", part: Part = "all") -> SymmetricOperator:
         """Another matrix of the same loss at the same weights, see :data:`Kind`; or that of half of the batches."""
         return _MatrixOfLoss(self, kind, part)
+
+    def survey(self, into: MiniBatchSums) -> None:
+        """Show all mini-batches to what sums something over them, two at a time."""
+        self._at.survey(into)
 
     def slope(self, vector: Tensor) -> Tensor:
         """∇(vᵀ∇²L v), shape ``(size,)``: how the curvature along a fixed direction changes with the weights.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_dynamics.objective.memory import SavedBytes, available_memory
+from lightning_dynamics.objective.mini_batch import MiniBatch, MiniBatchSums
 from lightning_dynamics.objective.outputs import Composition, Kind, check_agreement
 from lightning_dynamics.objective.parameters import Layout
+from lightning_dynamics.objective.samples import SampleGradients
 from lightning_dynamics.objective.sandbox import State
 
 if TYPE_CHECKING:
@@ -37,10 +40,11 @@ class Term:
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """One summand's gradient, with the graph that a product differentiates."""
+class Graph:
+    """One summand's gradient, with the graph that a product differentiates; draw of its noise."""
 
     index: int
+    draw: int
     weight: float
     gradient: list[Tensor | None]
     state: State
@@ -56,7 +60,7 @@ class _Composed:
     state: State
 
 
-_Kept = TypeVar("_Kept", _Graph, _Composed)
+_Kept = TypeVar("_Kept", Graph, _Composed)
 
 
 class Linearization:
@@ -74,10 +78,11 @@ class Linearization:
         self.reached = False
         self._objective = objective
         self._leaves = list(leaves.values())
-        self._graphs: list[_Graph] | None = None
+        self._graphs: list[Graph] | None = None
         self._composed: dict[Kind, list[_Composed]] = {}
         self._losses: dict[tuple[int, int], float] = {}
         self._is_evaluated = False
+        self._samples: SampleGradients | None = None
 
     @property
     def size(self) -> int:
@@ -106,7 +111,7 @@ class Linearization:
             reserve: Bytes that must stay free besides the graphs (the solver's vectors).
         """
         keep = self.graphs_fit(reserve) if keep is None else keep
-        total, gradient, reached = 0.0, self._zeros(), False
+        total, gradient, reached = 0.0, self.zeros(), False
         weights: dict[Part, float] = {"all": 0.0, "even": 0.0, "odd": 0.0}
         graphs = []
         for term in self._objective._terms():
@@ -118,7 +123,7 @@ class Linearization:
             weights[_parity(term.index)] += term.weight
             gradient.add_(self.layout.flatten(parts, gradient), alpha=term.weight)
             if keep:
-                graphs.append(_Graph(term.index, term.weight, parts, self._objective.sandbox.state()))
+                graphs.append(Graph(term.index, term.draw, term.weight, parts, self._objective.sandbox.state()))
         self.weights, self.reached, self._is_evaluated = weights, reached, True
         self._graphs = graphs if keep else None
         return total, gradient
@@ -138,7 +143,23 @@ class Linearization:
         for weight, image in self._images(directions, part, kind):
             second = self.layout.flatten(image, like)
             out = second.mul_(weight) if out is None else out.add_(second, alpha=weight)
-        return self._zeros() if out is None else out
+        return self.zeros() if out is None else out
+
+    def survey(self, into: MiniBatchSums) -> None:
+        """Show mini-batches to what sums something over them, in pairs: numbers 2j and 2j + 1.
+
+        They are at hand two at a time, each with one graph at most unless graphs are kept; a pair with one that the
+        step skips is left out.
+        """
+        groups = self._objective.mini_batches()
+        for number in sorted(number for number in groups if number % 2 == 0 and number + 1 in groups):
+            pair = [MiniBatch(self, each, groups[each]) for each in (number, number + 1)]
+            try:
+                if all(each.weight for each in pair):
+                    into.update(*pair)
+            finally:
+                for each in pair:
+                    each.close()
 
     def graphs_fit(self, reserve: int = 0, sharers: int = 1) -> bool:
         """Whether the gradient graphs of all batches, and ``reserve`` bytes, fit into half of the free memory.
@@ -156,6 +177,66 @@ class Linearization:
         """Let go of the graphs."""
         self._graphs = None
         self._composed = {}
+
+    # What a mini-batch asks for
+
+    @property
+    def noise_draws(self) -> int:
+        """Draws of the noise that the loss is averaged over."""
+        return self._objective.noise_draws
+
+    def zeros(self) -> Tensor:
+        """A vector of zeros, shape ``(size,)``."""
+        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
+
+    def graphs_of(self, positions: Sequence[int]) -> list[Graph] | None:
+        """The kept graphs of these batches; None if graphs are not kept."""
+        if self._graphs is None:
+            return None
+        wanted = {self._objective.number_of(position) for position in positions}
+        return [graph for graph in self._graphs if graph.index in wanted]
+
+    def losses_of(self, graphs: Iterable[Graph]) -> Iterator[tuple[Graph, float]]:
+        """Graphs with the losses that they are of."""
+        for graph in graphs:
+            yield graph, self._losses[graph.index, graph.draw]
+
+    def built(self, positions: Iterable[int], graph: bool) -> Iterator[tuple[Graph, float]]:
+        """Gradients of these batches, and their losses, computed now; with graphs for products, or without."""
+        for term in self._objective._terms(positions=positions):
+            parts = self._gradient(term.loss, graph=graph)
+            state = self._objective.sandbox.state()
+            self._losses[term.index, term.draw] = value = float(term.loss.detach())
+            yield Graph(term.index, term.draw, term.weight, parts, state), value
+
+    def summed_images(self, vector: Tensor, graphs: list[Graph] | None, positions: Iterable[int]) -> Tensor:
+        """Σ w_b ∇²ℓ_b · v over some batches, from their graphs, or from graphs that are built anew."""
+        directions, out = self.layout.directions(vector, self._leaves), self.zeros()
+        for graph in self._resumed(graphs) if graphs is not None else self._rebuilt(positions):
+            image = self._differentiate(graph.gradient, directions, retain=graphs is not None)
+            out.add_(self.layout.flatten(image, out), alpha=graph.weight)
+        return out
+
+    def loss_after(self, step: Tensor, positions: Iterable[int]) -> float:
+        """Mean loss of some batches at θ + Δ."""
+        total, weight = 0.0, 0.0
+        with self._objective.sandbox.displaced(self._leaves, self.layout.directions(step, self._leaves)):
+            for term in self._objective._terms(positions=positions):
+                total += term.weight * float(term.loss.detach())
+                weight += term.weight
+        return total / weight if weight else math.nan
+
+    def sample_gradients(self, graphs: list[Graph] | None, positions: Sequence[int]) -> Iterator[Tensor]:
+        """Gradients of the samples of some batches, under the first draw of the noise, as blocks of rows."""
+        if self._samples is None:
+            self._samples = SampleGradients(self._objective, self._leaves, self.layout)
+        known = self.losses_of(graphs) if graphs is not None else self.built(positions, graph=False)
+        # all of them first: the samples' own runs go through the same sandbox
+        each = [(graph, self.layout.flatten(graph.gradient, self.zeros()), loss) for graph, loss in known]
+        for graph, gradient, loss in each:
+            if graph.draw == 0:
+                batch = self._objective.batch_of(graph.index, positions)
+                yield from self._samples.of_batch(graph.index, batch, 0, gradient, loss)
 
     def _graph_bytes(self) -> int:
         """What keeping the gradient graphs of all batches takes; found on the first batch, once."""
@@ -202,13 +283,16 @@ class Linearization:
         if self.is_kept:
             self._composed[kind] = kept
 
-    def _gradients(self) -> Iterator[_Graph]:
+    def _gradients(self) -> Iterator[Graph]:
         if self._graphs is not None:
             yield from self._resumed(self._graphs)
-            return
-        for term in self._objective._terms():
+        else:
+            yield from self._rebuilt(None)
+
+    def _rebuilt(self, positions: Iterable[int] | None) -> Iterator[Graph]:
+        for term in self._objective._terms(positions=positions):
             parts = self._gradient(term.loss, graph=True)
-            yield _Graph(term.index, term.weight, parts, self._objective.sandbox.state())
+            yield Graph(term.index, term.draw, term.weight, parts, self._objective.sandbox.state())
 
     def _resumed(self, kept: list[_Kept]) -> Iterator[_Kept]:
         """Kept graphs, each with the module in the state that it was built in."""
@@ -220,7 +304,7 @@ class Linearization:
         return list(torch.autograd.grad(loss, self._leaves, create_graph=graph, allow_unused=True))
 
     def _differentiate(
-        self, gradient: list[Tensor | None], directions: list[Tensor], again: bool = False
+        self, gradient: list[Tensor | None], directions: list[Tensor], again: bool = False, retain: bool = False
     ) -> list[Tensor | None]:
         """∇²ℓ · v; or, differentiated once more, ∇(vᵀ ∇²ℓ v)."""
         pairs = [
@@ -235,7 +319,7 @@ class Linearization:
             outputs,
             self._leaves,
             grad_outputs=vectors,
-            retain_graph=self.is_kept or again,
+            retain_graph=self.is_kept or again or retain,
             create_graph=again,
             allow_unused=True,
         )
@@ -250,9 +334,6 @@ class Linearization:
             return [None] * len(gradient)
         total = torch.stack(terms).sum()
         return list(torch.autograd.grad(total, self._leaves, retain_graph=self.is_kept, allow_unused=True))
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
 
 def _parity(index: int) -> Part:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -37,6 +37,8 @@ class Objective(Replay):
         parameters: Which parameters make up θ, see :data:`ParameterFilter`; all that require a gradient by default.
         output_fn: Where the network's outputs are, see :data:`OutputFn`; for Gauss-Newton and Fisher matrices.
         matrices: How many matrices products will be taken of, the Hessian included: the memory of graphs grows with it.
+        pieces: So many consecutive batches, by their numbers, make one mini-batch, see :meth:`Linearization.pairs`.
+        samples_of: Splits a batch into batches of one sample each, see :class:`SampleGradients`.
         noise_draws: R ≥ 1; the loss is averaged over R draws of the noise, at R times the cost. A single fixed draw
             biases the largest eigenvalue upwards.
         engine: See :data:`Engine`; ``"auto"`` keeps the graphs if they fit into half of the memory that is free.
@@ -53,6 +55,8 @@ class Objective(Replay):
         parameters: ParameterFilter | None = None,
         output_fn: OutputFn | None = None,
         matrices: int = 1,
+        pieces: int = 1,
+        samples_of: Callable[[Any], Sequence[Any]] | None = None,
         noise_draws: int = 1,
         engine: Engine = "auto",
         **how: Any,
@@ -66,6 +70,8 @@ class Objective(Replay):
         self.noise_draws = noise_draws
         self.output_fn = output_fn
         self.matrices = matrices
+        self.pieces = pieces
+        self.samples_of = samples_of
         self.graph_bytes: int | None = None  # what the gradient graphs of all batches take, once it is known
         self._loss = loss
         self._where = parameters
@@ -110,13 +116,31 @@ class Objective(Replay):
             finally:
                 evaluation.close()
 
-    def _terms(self, kind: Kind = "hessian") -> Iterator[Term]:
+    def number_of(self, position: int) -> int:
+        """The number of a batch among those of all processes."""
+        return self._indices[position]
+
+    def batch_of(self, number: int, positions: Iterable[int]) -> Any:
+        """The batch of this number, among those at some positions."""
+        return next(self._batches[position] for position in positions if self._indices[position] == number)
+
+    def mini_batches(self) -> dict[int, list[int]]:
+        """Positions of the batches, of those that weigh anything, by the mini-batch that they are pieces of."""
+        found: dict[int, list[int]] = {}
+        for position, (index, weight) in enumerate(zip(self._indices, self._weights, strict=True)):
+            if weight > 0:
+                found.setdefault(index // self.pieces, []).append(position)
+        return found
+
+    def _terms(self, kind: Kind = "hessian", positions: Iterable[int] | None = None) -> Iterator[Term]:
         """Each batch's loss, once per noise draw, each from the same state. Only inside the sandbox.
 
         Args:
             kind: For another matrix than the Hessian, with the outputs and the function of them that it needs.
+            positions: Which batches; all by default.
         """
-        for index, batch, weight in zip(self._indices, self._batches, self._weights, strict=True):
+        for position in range(len(self._batches)) if positions is None else positions:
+            index, batch, weight = self._indices[position], self._batches[position], self._weights[position]
             for draw in range(self.noise_draws):
                 outputs, loss = self._composed(kind, index, batch, draw)
                 if loss is not None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -123,6 +124,22 @@ class Sandbox:
     def leaf_of(self, parameter: Tensor) -> Tensor:
         """The private leaf of one parameter; a tensor that is none of the module's parameters stands for itself."""
         return self._leaves.get(id(parameter), parameter)
+
+    @contextmanager
+    def displaced(self, leaves: Sequence[Tensor], steps: Sequence[Tensor]) -> Iterator[None]:
+        """Leaves moved by these steps while the context is open; what autograd has saved of them does not notice."""
+        owners = {id(leaf): owner for owner, leaf in self._leaves.items()}
+        values = dict(self._values)
+        before = [leaf.detach().clone() for leaf in leaves]
+        try:
+            for leaf, step in zip(leaves, steps, strict=True):
+                leaf.data.add_(step.to(leaf.dtype))
+                self._values[owners[id(leaf)]] = leaf.detach().clone()
+            yield
+        finally:
+            self._values = values
+            for leaf, value in zip(leaves, before, strict=True):
+                leaf.data.copy_(value)
 
     def renew(self) -> None:
         """Throw the private state away and copy the originals anew; leaves keep their identity and values."""
