@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_dynamics.callbacks import (
         DisplacementMonitor,
+        GradientNoiseMonitor,
         HessianMonitor,
         NeuralCollapseMonitor,
         Probe,
         Reference,
         Spectrum,
+        StochasticSharpnessMonitor,
     )
     from lightning_dynamics.recording import Record, read_records
 
@@ -21,23 +23,27 @@ __version__ = "0.1.0.dev0"
 # loaded on first use, so that `linalg`, `objective` and `metrics` work where Lightning is not
 _PUBLIC = {
     "DisplacementMonitor": "lightning_dynamics.callbacks",
+    "GradientNoiseMonitor": "lightning_dynamics.callbacks",
     "HessianMonitor": "lightning_dynamics.callbacks",
     "NeuralCollapseMonitor": "lightning_dynamics.callbacks",
     "Probe": "lightning_dynamics.callbacks",
     "Record": "lightning_dynamics.recording",
     "Reference": "lightning_dynamics.callbacks",
     "Spectrum": "lightning_dynamics.callbacks",
+    "StochasticSharpnessMonitor": "lightning_dynamics.callbacks",
     "read_records": "lightning_dynamics.recording",
 }
 
 __all__ = [
     "DisplacementMonitor",
+    "GradientNoiseMonitor",
     "HessianMonitor",
     "NeuralCollapseMonitor",
     "Probe",
     "Record",
     "Reference",
     "Spectrum",
+    "StochasticSharpnessMonitor",
     "read_records",
 ]
 

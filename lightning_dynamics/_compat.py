@@ -19,6 +19,7 @@ __all__ = [
     "batch_number",
     "callbacks",
     "curve_step",
+    "ends_step",
     "epoch_tracker",
     "expose_metrics",
     "is_overridden",
@@ -53,6 +54,11 @@ CURRENT_HOOK = "_current_fx_name"
 def curve_step(trainer: Trainer) -> int:
     """The x of the user's own curves: batches that stepped, whatever the number of optimizers."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def ends_step(trainer: Trainer) -> bool:
+    """Whether the running batch completes an optimizer step."""
+    return not trainer.fit_loop._should_accumulate()
 
 
 def batch_number(trainer: Trainer) -> int:

@@ -20,6 +20,7 @@ class Looks(pl.Callback):
             return
         self.seen = {
             "curve_step": _compat.curve_step(trainer),
+            "ends_step": _compat.ends_step(trainer),
             "batch_number": _compat.batch_number(trainer),
             "epoch_tracker": [getattr(_compat.epoch_tracker(trainer), name) for name in _compat.EPOCH],
             "callbacks": _compat.callbacks(trainer),
@@ -76,6 +77,7 @@ def test_every_private_name_does_what_is_said_of_it():
     assert set(seen) == set(_compat.__all__) | {"attributes"}
     assert seen["curve_step"] == 4
     assert seen["batch_number"] == 1
+    assert seen["ends_step"]
     assert seen["epoch_tracker"] == [1, 1]
     assert looks in seen["callbacks"]
     assert seen["is_trial"] is False

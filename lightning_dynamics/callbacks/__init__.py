@@ -4,20 +4,24 @@ from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.curvature import CurvatureMonitor
 from lightning_dynamics.callbacks.displacement import DisplacementMonitor
 from lightning_dynamics.callbacks.feature_monitor import FeatureMonitor
+from lightning_dynamics.callbacks.gradient_noise import GradientNoiseMonitor
 from lightning_dynamics.callbacks.hessian import HessianMonitor
 from lightning_dynamics.callbacks.hessian_spectrum import Spectrum
 from lightning_dynamics.callbacks.neural_collapse import NeuralCollapseMonitor
 from lightning_dynamics.callbacks.probe import Probe
 from lightning_dynamics.callbacks.reference import Reference
+from lightning_dynamics.callbacks.stochastic_sharpness import StochasticSharpnessMonitor
 
 __all__ = [
     "CurvatureMonitor",
     "DisplacementMonitor",
     "DynamicsMonitor",
     "FeatureMonitor",
+    "GradientNoiseMonitor",
     "HessianMonitor",
     "NeuralCollapseMonitor",
     "Probe",
     "Reference",
     "Spectrum",
+    "StochasticSharpnessMonitor",
 ]

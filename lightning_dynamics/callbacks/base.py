@@ -54,6 +54,9 @@ class DynamicsMonitor(Callback, Generic[Subject]):
     follower: Follower | None = None
     """What it does at every step, if anything."""
 
+    awaits_step = False
+    """Whether a point is measured once the step from it has been taken, at the weights that it was taken from."""
+
     detail_name = "in detail"
     """What is measured in detail, in words."""
 
@@ -182,6 +185,10 @@ class DynamicsMonitor(Callback, Generic[Subject]):
     @abstractmethod
     def measure(self, point: Point[Subject]) -> Measured:
         """Measure at a point. Runs on rank zero; whatever it asks of the subject is computed by all ranks."""
+
+    def measure_step(self, point: Point[Subject]) -> Measured:
+        """Measure on the batch that the step was made of, where :attr:`awaits_step`; as :meth:`measure`."""
+        return Measured({})
 
     def combine(self, first: Measured, second: Measured) -> Measured:
         """Make one measurement out of those at two consecutive steps; by default the mean of each value."""
@@ -330,11 +337,11 @@ class DynamicsMonitor(Callback, Generic[Subject]):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._leads(trainer):
-            self._session.close()
+            self._session.close(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._leads(trainer):
-            self._session.close()
+            self._session.close(trainer)
         if os.getpid() != self._home and self.record_path is not None:
             self._pointer().write_text(str(self.record_path), encoding="utf-8")
 

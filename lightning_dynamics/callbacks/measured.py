@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_dynamics.callbacks.map_style import ProbeItem
+from lightning_dynamics.callbacks.optimization import Optimization
+from lightning_dynamics.callbacks.probe import ProbeData
 from lightning_dynamics.metrics import StabilityRule
 
 Subject = TypeVar("Subject")
@@ -30,6 +33,17 @@ class Measured:
     errors: dict[str, float] = field(default_factory=dict)
     arrays: dict[str, list[float]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def with_more(self, more: Any) -> Measured:
+        """The same with what another measurement found; or with the reason why that failed."""
+        if not isinstance(more, Measured):
+            return replace(self, notes={**self.notes, "no_step": more.reason})
+        return Measured(
+            {**self.scalars, **more.scalars},
+            {**self.errors, **more.errors},
+            {**self.arrays, **more.arrays},
+            {**self.notes, **more.notes},
+        )
 
     def to_state(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,6 +83,32 @@ class Clipping:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """The step that training took from the weights of a point.
+
+    Attributes:
+        after: Parameters after it, by name.
+        items: This rank's batches that it was made of, None if they are not known.
+    """
+
+    after: Mapping[str, Tensor]
+    items: list[ProbeItem] | None
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the monitors that measure on the same at one step.
+
+    Attributes:
+        monitor: The monitor.
+        in_detail: Whether it measures in detail.
+    """
+
+    monitor: Any
+    in_detail: bool
+
+
+@dataclass(frozen=True)
 class Point(Generic[Subject]):
     """Where and on what a monitor measures. Exists on rank zero only.
 
@@ -84,6 +124,12 @@ class Point(Generic[Subject]):
         in_detail: Whether the monitor's rare and dear measurement is due too.
         has_halves: Whether the probe has batches in both of its halves, and is not the whole set.
         final: Whether training has ended.
+        data: The probe.
+        optimization: How training optimizes at this step.
+        weights: Parameters θ_t by name.
+        after: θ_{t+1}, after the step that training took from here; None where it is not known.
+        together: Who measures on the same at this step, this monitor included.
+        found: What they have found there for each other.
     """
 
     step: int
@@ -96,6 +142,12 @@ class Point(Generic[Subject]):
     in_detail: bool = False
     has_halves: bool = False
     final: bool = False
+    data: ProbeData | None = None
+    optimization: Optimization | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    after: Mapping[str, Tensor] | None = None
+    together: Sequence[Member] = ()
+    found: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,16 +184,20 @@ class Role:
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """A step whose measurement has to wait until the probe is complete.
+    """A step whose measurement has to wait: until the probe is complete, or until the step has been taken.
 
     Attributes:
         when: The step.
         values: Parameters and buffers as they were, by name.
         rules: The edge of stability as it was, by position of the monitor.
+        optimization: How training optimized.
         roles: What the step is to each monitor that waits, by position.
+        taken: The step that was taken from there, once it has been.
     """
 
     when: When
     values: dict[str, Tensor]
     rules: dict[int, StabilityRule]
+    optimization: Optimization
     roles: dict[int, Role]
+    taken: Taken | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,10 @@ from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.ledger import Ledger
 from lightning_dynamics.callbacks.lightning_replay import Circumstances
 from lightning_dynamics.callbacks.map_style import ProbeItem
-from lightning_dynamics.callbacks.measured import Measured, Role, SavedWeights, When
+from lightning_dynamics.callbacks.measured import Measured, Member, Role, SavedWeights, Taken, When
 from lightning_dynamics.callbacks.measuring import Failure, Outcome, Task, explain, measure_jointly
 from lightning_dynamics.callbacks.notices import Notices
+from lightning_dynamics.callbacks.optimization import optimization
 from lightning_dynamics.callbacks.probes import Probes
 from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.metrics import StabilityRule, stability_rule
@@ -62,6 +64,7 @@ class Measurements:
         self._ranks = ranks
         self._clones: Clones = {}
         self._saved: list[SavedWeights] = []
+        self._open: SavedWeights | None = None
         self._checked: set[tuple[Any, ...]] = set()
 
     def check(self, batch: Any) -> None:
@@ -75,6 +78,9 @@ class Measurements:
                 continue
             self._checked.add(options.key)
             some = [self._ends(part) for part in items if part]
+            pieces = self._probes.of(monitor).pieces
+            if pieces is not None:  # a pair of mini-batches
+                some[0] = items[0][: 2 * pieces]
             result, shared = self._preflight(monitor, some)
             if isinstance(result, Failure) and result.is_asymmetry and not shared and options.precision != "same":
                 # in single precision that may be rounding, after good training: ask in double precision
@@ -107,7 +113,8 @@ class Measurements:
         sharing = self._sharing(monitor)
 
         def prepare() -> tuple[Replay, list[Task]]:
-            circumstances = Circumstances(clones=self._clones, least=least)
+            pieces = self._probes.of(monitor).pieces or 1
+            circumstances = Circumstances(clones=self._clones, least=least, pieces=pieces)
             replay = monitor.replay(self._trainer, self._module, items, circumstances, sharing)
             return replay, [partial(monitor.preflight, sharing)]
 
@@ -133,35 +140,72 @@ class Measurements:
 
     def take(self, when: When, roles: Mapping[int, Role], batch: Any) -> None:
         """Measure what is due where the probe is complete; save the weights for what has to wait."""
-        now = {i: r for i, r in roles.items() if not self._waits(i, r)}
-        later = {i: r for i, r in roles.items() if i not in now}
+        later = {i: r for i, r in roles.items() if self._waits(i, r)}
         if later:
-            self._save(when, later)
+            saved = self._copied(when, later, len(self._saved))
+            self._saved += [] if saved is None else [saved]
+        ready = {i: r for i, r in roles.items() if i not in later}
+        after = {} if when.final else {i: r for i, r in ready.items() if self._awaits_step(i, ready)}
+        if after:
+            self._open = self._copied(when, after)
+        now = {i: r for i, r in ready.items() if i not in after}
         if now:
             self._measure(when, now, batch, None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a point awaits the step that is being taken."""
+        return self._open is not None
+
+    def pass_by(self, batch: Any) -> None:
+        """Note a batch of the step that a point awaits."""
+        if self._open is None or self._open.taken is None or self._open.taken.items is None:
+            return
+        try:
+            self._open.taken.items.append(self._current(batch))
+        except Exception:  # a batch that cannot be copied: nothing is known of the step's own loss
+            self._open = replace(self._open, taken=replace(self._open.taken, items=None))
+
+    def step_taken(self) -> None:
+        """Measure the point that awaited the step, at the weights that it was taken from."""
+        saved, self._open = self._open, None
+        if saved is None or saved.taken is None:
+            return
+        items = saved.taken.items
+        is_known = min(self._ranks.gather(len(items or []))) > 0
+        taken = Taken(dict(self._module.named_parameters()), items if is_known else None)
+        self._measure(saved.when, saved.roles, None, replace(saved, taken=taken))
+
+    def _awaits_step(self, index: int, roles: Mapping[int, Role]) -> bool:
+        """Whether a monitor, or one that it is measured with, awaits the step."""
+        if not self._monitors[index].measures_on_data(roles[index].in_detail):
+            return False
+        key = _key(self._monitors[index])
+        return any(self._monitors[i].awaits_step and _key(self._monitors[i]) == key for i in roles)
 
     def _waits(self, index: int, role: Role) -> bool:
         """Whether a monitor's data are not there yet."""
         monitor = self._monitors[index]
         return monitor.measures_on_data(role.in_detail) and not self._probes.of(monitor).is_complete
 
-    def _save(self, when: When, roles: dict[int, Role]) -> None:
-        """Keep the weights of a step that cannot be measured yet, on all ranks or on none."""
-        failure = None
+    def _copied(self, when: When, roles: dict[int, Role], waiting: int = 0) -> SavedWeights | None:
+        """The weights of a step that cannot be measured yet, on all ranks or on none."""
+        failure, saved = None, None
         try:
-            if len(self._saved) >= _MOST_SAVED:
+            if waiting >= _MOST_SAVED:
                 raise FloatingPointError(f"more than {_MOST_SAVED} points were due before the probe was complete")
             values = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
-            saved = {name: tensor.detach().clone() for name, tensor in values.items()}
-            self._saved.append(SavedWeights(when, saved, {i: self.rule(self._monitors[i]) for i in roles}, roles))
+            copies = {name: tensor.detach().clone() for name, tensor in values.items()}
+            rules = {i: self.rule(self._monitors[i]) for i in roles}
+            saved = SavedWeights(when, copies, rules, optimization(self._trainer), roles, Taken({}, []))
         except Exception as error:
             failure = explain(error)
         failures = [other for other in self._ranks.gather(failure) if other is not None]
-        if failures:
-            if failure is None:
-                self._saved.pop()
-            for i in roles:
-                self._ledger.skip(self._monitors[i], failures[0])
+        if not failures:
+            return saved
+        for i in roles:
+            self._ledger.skip(self._monitors[i], failures[0])
+        return None
 
     def take_saved(self) -> None:
         """Take the points that had to wait, each at the weights and the x where it belongs."""
@@ -170,9 +214,9 @@ class Measurements:
             ready = {i: r for i, r in saved.roles.items() if not self._waits(i, r)}
             left = {i: r for i, r in saved.roles.items() if i not in ready}
             if ready:
-                self._measure(saved.when, ready, None, saved)
+                self._measure(saved.when, ready, None, replace(saved, taken=None))
             if left:
-                waiting.append(SavedWeights(saved.when, saved.values, saved.rules, left))
+                waiting.append(replace(saved, roles=left))
         self._saved = waiting
 
     def _measure(self, when: When, roles: Mapping[int, Role], batch: Any, saved: SavedWeights | None) -> None:
@@ -186,6 +230,8 @@ class Measurements:
             started = time.monotonic()
             outcome = self._outcome(when, members, roles, batch, saved)
             results = self._audited(when, members, outcome, batch, saved)
+            if saved is not None and saved.taken is not None:
+                results = self._with_step(when, members, results, saved, saved.taken)
             seconds = (time.monotonic() - started) / len(members)
             for i, result in zip(members, results, strict=True):
                 self._ledger.take(self._monitors[i], when, roles[i], result, seconds)
@@ -209,12 +255,36 @@ class Measurements:
         def prepare() -> tuple[Replay, list[Task]]:
             # what fails here (parameters that were frozen since, a batch that cannot be copied) fails on all ranks
             replay = self._replay(when, first, batch, saved)
-            return replay, [self._task(when, i, roles[i], saved) for i in members]
+            shared = _Shared([Member(self._monitors[i], roles[i].in_detail) for i in members])
+            return replay, [self._task(when, i, roles[i], saved, shared) for i in members]
 
         vectors = max(self._monitors[i].vectors_held for i in members)
         outcome = measure_jointly(prepare, len(members), self._ranks, first.part, vectors)
         self._name_shared(first, outcome)
         return outcome
+
+    def _with_step(
+        self, when: When, members: list[int], results: list[Any], saved: SavedWeights, taken: Taken
+    ) -> list[Any]:
+        """The results, with what the batch says that the step was made of."""
+        items = taken.items
+        chosen = [
+            (i, result)
+            for i, result in zip(members, results, strict=True)
+            if isinstance(result, Measured) and self._monitors[i].awaits_step
+        ]
+        if not chosen or items is None:
+            return results
+        first = self._monitors[chosen[0][0]]
+
+        def prepare() -> tuple[Replay, list[Task]]:
+            circumstances = Circumstances(values=saved.values, clones=self._clones, epoch=when.epoch)
+            replay = first.replay(self._trainer, self._module, [items], circumstances, [])
+            return replay, [self._task(when, i, saved.roles[i], saved, of_step=True) for i, _ in chosen]
+
+        outcome = measure_jointly(prepare, len(chosen), self._ranks, first.part)
+        more = dict(zip((i for i, _ in chosen), outcome.results, strict=True))
+        return [result.with_more(more[i]) if i in more else result for i, result in zip(members, results, strict=True)]
 
     def _audited(
         self, when: When, members: list[int], measured: Outcome, batch: Any, saved: SavedWeights | None
@@ -269,6 +339,7 @@ class Measurements:
             clones=None if least is not None else self._clones,
             least=least,
             epoch=when.epoch if when.final or saved is not None else None,
+            pieces=self._probes.of(monitor).pieces or 1,
         )
         items = self._current_items(monitor, batch)
         return monitor.replay(self._trainer, self._module, items, circumstances, self._sharing(monitor))
@@ -283,13 +354,24 @@ class Measurements:
                 groups.setdefault(_key(self._monitors[i]), []).append(i)
         return iter(groups.values())
 
-    def _task(self, when: When, index: int, role: Role, saved: SavedWeights | None) -> Task:
+    def _task(
+        self,
+        when: When,
+        index: int,
+        role: Role,
+        saved: SavedWeights | None,
+        shared: _Shared | None = None,
+        of_step: bool = False,
+    ) -> Task:
         monitor = self._monitors[index]
         state = self._ledger.states[monitor.label]
         data = self._probes.of(monitor)
         seed = stream_seed(monitor.probes[0].seed if monitor.probes else 0, when.step, index)
         # read here: once the sandbox is open the module shows private weights, which no optimizer knows
         rule = self._rule_at(index, saved)
+        how = optimization(self._trainer) if saved is None else saved.optimization
+        weights = dict(self._module.named_parameters()) if saved is None else saved.values
+        taken = None if saved is None else saved.taken
 
         def task(subject: Any) -> Measured:
             point = monitor.point_of(
@@ -302,7 +384,15 @@ class Measurements:
                 clipping=state.clipping if self._trainer.gradient_clip_val else None,
                 in_detail=role.in_detail,
                 final=when.final,
+                data=data,
+                optimization=how,
+                weights=weights,
+                after=None if taken is None else taken.after,
+                together=() if shared is None else shared.members,
+                found={} if shared is None else shared.found,
             )
+            if of_step:
+                return monitor.measure_step(point)
             measured = monitor.measure(point)
             measured.notes.setdefault("probe", data.describe())
             return measured
@@ -316,6 +406,14 @@ class Measurements:
         if rule.is_unknown:
             self._notices.say(f"{monitor.label} shows no stability threshold: {rule.unavailable}.")
         return rule
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What monitors share that measure on the same at one step: each other, and what they find."""
+
+    members: list[Member]
+    found: dict[str, Any] = field(default_factory=dict)
 
 
 def _key(monitor: DynamicsMonitor[Any]) -> tuple[Any, ...]:

@@ -130,6 +130,7 @@ class Session:
         self._fit.check(None if self._pulls else batch)
         step = _compat.curve_step(trainer)
         if step == self._last_step or _compat.is_trial(trainer):
+            self._pass_by(batch)
             return
         if self._last_step is None:
             self._begin(trainer, module, step)
@@ -139,7 +140,9 @@ class Session:
         roles = {i: self._role(trainer, m, step) for i, m in enumerate(self.monitors)}
         self._observe(now, roles)
         self._fit.take(now, {i: role for i, role in roles.items() if role.is_due}, batch)
-        self._flush(step)
+        self._pass_by(batch)
+        if not self._fit.is_open:  # else one call per logger, once the step has been taken
+            self._flush(step)
 
     def batch_ends(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any) -> None:
         """Followers see what came of the batch; steps that pull their batches from an iterator show them only now."""
@@ -148,6 +151,9 @@ class Session:
         if self._pulls and batch is not None:
             self._show(trainer, batch)
             self._fit.check(batch)
+        if self._fit.is_open and _compat.ends_step(trainer):
+            self._fit.step_taken()
+            self._flush(_compat.curve_step(trainer))
 
     def optimizer_steps(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Note what clipping is about to do to the gradient."""
@@ -184,8 +190,10 @@ class Session:
             self._ledger.settle(monitor)
         self._flush(step)
 
-    def close(self) -> None:
+    def close(self, trainer: Trainer) -> None:
         """The fit is over, one way or another."""
+        if self._measurements is not None and self._measurements.is_open and self.journal is not None:
+            self._flush(_compat.curve_step(trainer))
         self._measurements = None
         for monitor in self.monitors:
             if monitor.follower is not None:
@@ -246,6 +254,11 @@ class Session:
         if self._probes.look_again(trainer, self.monitors, self._notices.say) or completed:
             self._fit.take_saved()
             self._flush(_compat.curve_step(trainer))
+
+    def _pass_by(self, batch: Any) -> None:
+        """Show a batch of the step at hand to the point that awaits it; an iterator's may have been written to."""
+        if not self._pulls:
+            self._fit.pass_by(batch)
 
     def _decide_cadence(self, trainer: Trainer, module: LightningModule, monitor: DynamicsMonitor[Any]) -> None:
         """Without a cadence of the user's: as often as the budget allows, by a count of gradients, not of seconds."""

@@ -14,11 +14,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import SGD, Optimizer
-from torch.utils.data import DistributedSampler, RandomSampler
 
 from lightning_dynamics import _compat
 from lightning_dynamics.callbacks.following import Follower
 from lightning_dynamics.callbacks.measured import When
+from lightning_dynamics.callbacks.optimization import heavy_ball
 from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.callbacks.reference import Reference, weights_in
 from lightning_dynamics.callbacks.sharded import is_sharded, project_shards, squared_norm
@@ -519,51 +519,6 @@ class Trajectory(Follower):
             else:
                 charges.append(Charge(symmetry.kind, layer, change))
         return charges
-
-
-def heavy_ball(trainer: Trainer) -> tuple[HeavyBall | str, float]:
-    """The training's optimizer as the theory knows it, or why it does not; and the coupled weight decay."""
-    optimizers, _ = _compat.optimizer_lists(trainer)
-    if len(optimizers) != 1 or type(optimizers[0]) is not SGD:
-        return f"no theory of {' and '.join(type(o).__name__ for o in optimizers) or 'no optimizer'}", 0.0
-    groups = optimizers[0].param_groups
-    options = {tuple(group[name] for name in ("lr", "momentum", "weight_decay")) for group in groups}
-    if len(options) > 1:
-        return "parameter groups differ", 0.0
-    lr, momentum, weight_decay = (float(value) for value in options.pop())
-    if any(group["nesterov"] or (group["momentum"] and group["dampening"]) or group["maximize"] for group in groups):
-        return "no theory of Nesterov momentum, dampening or maximization", weight_decay
-    module = trainer.lightning_module
-    if trainer.gradient_clip_val or _compat.is_overridden("configure_gradient_clipping", module):
-        return "gradients are clipped", weight_decay
-    if not module.automatic_optimization:
-        return "the module optimizes by hand", weight_decay
-    if not lr > 0:
-        return "the learning rate is 0", weight_decay
-    order, batches = sampling_order(trainer)
-    if order is None:
-        return "the order of the batches is neither random reshuffling nor drawing with replacement", weight_decay
-    return HeavyBall(lr, momentum, order, batches if order == "reshuffled" else None), weight_decay
-
-
-def sampling_order(trainer: Trainer) -> tuple[Literal["with_replacement", "reshuffled"] | None, int | None]:
-    """How the batches of an optimizer step are drawn, and how many there are in an epoch; None if it is not known."""
-    loaders = _compat.training_loaders(trainer)
-    if len(loaders) != 1 or not trainer.num_training_batches < math.inf:
-        return None, None
-    sampler = getattr(loaders[0], "sampler", None)
-    batches = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-    if trainer.num_training_batches < len(loaders[0]):  # each epoch is another part of the data
-        return None, batches
-    if isinstance(sampler, DistributedSampler):
-        return ("reshuffled", batches) if sampler.shuffle and batches > 1 else (None, batches)
-    if type(sampler) is not RandomSampler:
-        return None, batches
-    if sampler.replacement:
-        return "with_replacement", batches
-    if sampler.num_samples != len(sampler.data_source):
-        return None, batches
-    return ("reshuffled", batches) if batches > 1 else (None, batches)
 
 
 class _PhaseSeries:

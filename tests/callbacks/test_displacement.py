@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_dynamics import DisplacementMonitor, HessianMonitor, Probe, Reference, Spectrum
-from lightning_dynamics.callbacks.trajectory import heavy_ball, sampling_order
+from lightning_dynamics.callbacks.optimization import heavy_ball, sampling_order
 from lightning_dynamics.metrics import Displacement, HeavyBall, Settling
 
 EACH = {"every_n_train_steps": 1}
