@@ -16,12 +16,14 @@ if TYPE_CHECKING:
         Spectrum,
         StochasticSharpnessMonitor,
     )
+    from lightning_dynamics.experiments import Branch, batch_size_sweep, edge_test
     from lightning_dynamics.recording import Record, read_records
 
 __version__ = "0.1.0.dev0"
 
 # loaded on first use, so that `linalg`, `objective` and `metrics` work where Lightning is not
 _PUBLIC = {
+    "Branch": "lightning_dynamics.experiments",
     "DisplacementMonitor": "lightning_dynamics.callbacks",
     "GradientNoiseMonitor": "lightning_dynamics.callbacks",
     "HessianMonitor": "lightning_dynamics.callbacks",
@@ -31,10 +33,13 @@ _PUBLIC = {
     "Reference": "lightning_dynamics.callbacks",
     "Spectrum": "lightning_dynamics.callbacks",
     "StochasticSharpnessMonitor": "lightning_dynamics.callbacks",
+    "batch_size_sweep": "lightning_dynamics.experiments",
+    "edge_test": "lightning_dynamics.experiments",
     "read_records": "lightning_dynamics.recording",
 }
 
 __all__ = [
+    "Branch",
     "DisplacementMonitor",
     "GradientNoiseMonitor",
     "HessianMonitor",
@@ -44,6 +49,8 @@ __all__ = [
     "Reference",
     "Spectrum",
     "StochasticSharpnessMonitor",
+    "batch_size_sweep",
+    "edge_test",
     "read_records",
 ]
 

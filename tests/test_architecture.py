@@ -22,8 +22,19 @@ ALLOWED = {
     "metrics": {"torch", "torchmetrics", "linalg"},
     "recording": {"torch", "matplotlib", "wandb"},
     "callbacks": {"torch", "numpy", "lightning", "linalg", "objective", "metrics", "recording", "_compat", ""},
+    "experiments": {
+        "torch",
+        "lightning",
+        "matplotlib",
+        "linalg",
+        "objective",
+        "metrics",
+        "callbacks",
+        "recording",
+        "_compat",
+    },
     "_compat": {"torch", "lightning"},
-    "__init__": {"callbacks", "recording"},
+    "__init__": {"callbacks", "experiments", "recording"},
 }
 """What each part may import besides the standard library and itself; our own parts by their bare names."""
 

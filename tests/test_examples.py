@@ -330,3 +330,26 @@ def test_weights_of_the_digits_network_diffuse_beside_their_nulls(diffusion, tmp
     assert read_records(version)[-1].step == 1200
     assert list(version.glob("events.out.tfevents.*"))
     assert (tmp_path / "diffusion.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_only_at_the_edge_a_higher_learning_rate_catapults(tmp_path):
+    outcomes, sweep = load("edge_test").main(
+        ["--at", "300", "--steps", "15", "--draws", "2", "--folder", str(tmp_path)]
+    )
+    assert outcomes["before"].catapults == dict.fromkeys(outcomes["before"].branches, False)
+    assert outcomes["at"].catapults["η × 1.5"]
+    assert outcomes["at"].catapults["η × 2"]
+    gaps = [gap.value for gap in sweep.gaps]
+    assert gaps[0] > 5 * gaps[-2] > gaps[-1] == 0
+    assert (tmp_path / "edge_test" / "at.png").stat().st_size > 10_000
+
+
+def test_reshuffled_batches_leave_a_saddle_first_where_the_noise_is_across(tmp_path):
+    table = load("saddle").main(["--runs", "60", "--folder", str(tmp_path)])
+    assert all(found["GD"].mean == math.inf for found in table.values())
+    assert table[0.0]["RR"].mean < 0.6 * table[0.0]["WR"].mean
+    assert table[1.0]["RR"].mean > 1.5 * table[1.0]["WR"].mean
+    injected, replaced = table[0.0]["noise"], table[0.0]["WR"]
+    assert abs(injected.mean - replaced.mean) < 4 * math.hypot(injected.error, replaced.error)
+    assert (tmp_path / "saddle.png").stat().st_size > 10_000

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from lightning_dynamics.callbacks.ranks import Interrupted, RankError, Ranks
 
@@ -24,14 +23,6 @@ _NUMBERS = 5  # a command: its code, and up to four numbers
 
 Opened = TypeVar("Opened")
 """This rank's part of what is measured on, opened."""
-
-
-class Accumulator(Protocol):
-    """Something that grows with what a rank holds, and is the sum of what grows elsewhere. Can be pickled."""
-
-    def state(self) -> dict[str, Tensor]: ...
-
-    def load(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 class RankPart(ABC, Generic[Opened]):
@@ -85,58 +76,12 @@ class RankPart(ABC, Generic[Opened]):
         self.command(_END)
         return self.ranks.share(outcome)
 
-    def summed(
-        self,
-        into: Accumulator,
-        accumulate: Callable[[Opened], None],
-        remarks: Callable[[], Any] = lambda: None,
-        heeded: Callable[[list[Any]], None] = lambda remarks: None,
-    ) -> BaseException | None:
-        """Let an accumulator grow on every rank; on rank zero it is then the sum over ranks, if none has failed.
-
-        Args:
-            into: What grows; the same on every rank.
-            accumulate: Lets it grow by this rank's data.
-            remarks: What the others should know of this rank, asked afterwards.
-            heeded: Told the remarks of all.
-
-        Returns:
-            What failed here; on rank zero a failure is raised.
-        """
-        state: dict[str, Tensor] = {}
-        error: BaseException | None = None
-        try:
-            assert self.local is not None
-            accumulate(self.local)
-            state = into.state()
-        except Exception as caught:
-            error = caught
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        verdicts = self.ranks.gather((_misuse(error), error is not None, shapes, remarks()))
-        failures = sum(failed for _, failed, _, _ in verdicts)
-        differ = any(others != verdicts[0][2] for _, _, others, _ in verdicts)
-        heeded([remark for *_, remark in verdicts])
-        if not failures and not differ:
-            into.load({name: self.ranks.sum(tensor) for name, tensor in state.items()})
-        if self.ranks.leads:
-            self.check(failures, error or next((said for said, *_ in verdicts if said is not None), None))
-            if differ:
-                raise ValueError(
-                    "The ranks' data have different sizes. Use samples of one size, or `reduce='pool'` for features."
-                )
-        return error
-
     def check(self, failures: float, error: BaseException | None) -> None:
         """Raise if a rank has failed."""
         if error is not None:
             raise error
         if failures:
             raise RankError(f"{int(failures)} of {self.ranks.world_size} ranks failed in their part of the measurement")
-
-
-def _misuse(error: BaseException | None) -> ValueError | None:
-    """What every rank should know of an error: a mistake with its cure, wherever it was noticed."""
-    return ValueError(str(error)) if isinstance(error, ValueError) else None
 
 
 def make_way(interrupted: Callable[[], bool]) -> None:

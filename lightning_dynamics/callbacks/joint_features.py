@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
-from lightning_dynamics.callbacks.joint import Accumulator, RankPart, make_way
+from torch import Tensor
+
+from lightning_dynamics.callbacks.joint import RankPart, make_way
 from lightning_dynamics.objective import FeatureBatch, FeaturePlan, FeatureReader, Features
 
 _ASK, _ACCUMULATE = 1, 2
@@ -14,13 +16,17 @@ _ASK, _ACCUMULATE = 1, 2
 Answer = TypeVar("Answer")
 
 
-class FeatureSums(Accumulator, Protocol):
-    """Something that grows with every batch of features."""
+class Accumulator(Protocol):
+    """Something that grows with every batch, and is the sum of what grows elsewhere. Can be pickled."""
 
     def update(self, batch: FeatureBatch) -> None: ...
 
+    def state(self) -> dict[str, Tensor]: ...
 
-Some = TypeVar("Some", bound=FeatureSums)
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+Some = TypeVar("Some", bound=Accumulator)
 
 
 class FeaturesPart(RankPart[FeatureReader]):
@@ -48,20 +54,39 @@ class FeaturesPart(RankPart[FeatureReader]):
             error = caught
         return self.ranks.gather((answer, error is not None)), error
 
-    def accumulate(self, into: FeatureSums, plan: FeaturePlan, part: str) -> BaseException | None:
+    def accumulate(self, into: Accumulator, plan: FeaturePlan, part: str) -> BaseException | None:
         """Accumulate this rank's batches; on rank zero the sum over ranks, if none has failed."""
-        local = self.local
-
-        def read(reader: FeatureReader) -> None:
-            for batch in reader.read(plan, part):
+        state: dict[str, Tensor] = {}
+        error: BaseException | None = None
+        try:
+            assert self.local is not None
+            for batch in self.local.read(plan, part):
                 into.update(batch)
+            state = into.state()
+        except Exception as caught:
+            error = caught
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        keeps = self.local is not None and self.local.keeps(part)
+        verdicts = self.ranks.gather((_misuse(error), error is not None, shapes, keeps))
+        failures = sum(failed for _, failed, _, _ in verdicts)
+        differ = any(others != verdicts[0][2] for _, _, others, _ in verdicts)
+        if self.local is not None and not all(keeps for *_, keeps in verdicts):
+            # a forward pass that communicates has to run on all ranks or on none
+            self.local.forget(part)
+        if not failures and not differ:
+            into.load({name: self.ranks.sum(tensor) for name, tensor in state.items()})
+        if self.ranks.leads:
+            self.check(failures, error or next((said for said, *_ in verdicts if said is not None), None))
+            if differ:
+                raise ValueError(
+                    "The ranks' features have different sizes. Use samples of one size, or `reduce='pool'`."
+                )
+        return error
 
-        def heeded(keeps: list[bool]) -> None:
-            if local is not None and not all(keeps):
-                # a forward pass that communicates has to run on all ranks or on none
-                local.forget(part)
 
-        return self.summed(into, read, lambda: local is not None and local.keeps(part), heeded)
+def _misuse(error: BaseException | None) -> ValueError | None:
+    """What every rank should know of an error: a mistake with its cure, wherever it was noticed."""
+    return ValueError(str(error)) if isinstance(error, ValueError) else None
 
 
 class JointFeatures:
