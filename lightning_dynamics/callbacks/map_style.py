@@ -47,20 +47,20 @@ class ProbeItem:
     weight: float
 
 
-def share_batches(count: int, rank: int, world_size: int, together: int = 1) -> list[tuple[int, bool]]:
-    """This rank's batch numbers, as many on every rank; where there are too few, some are repeated and do not count.
-
-    Args:
-        count: Batches over all ranks.
-        rank: This process's number.
-        world_size: Number of processes.
-        together: So many consecutive batches stay on one rank.
-    """
-    groups = -(-count // together)
+def share_batches(count: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
+    """This rank's batch numbers, as many on every rank; where there are too few, one is repeated and does not count."""
     return [
-        (number if number < count else number % together, number < count)
-        for group in range(rank, groups + (-groups) % world_size, world_size)
-        for number in range(group * together, (group + 1) * together)
+        (index if index < count else 0, index < count)
+        for index in range(rank, count + (-count) % world_size, world_size)
+    ]
+
+
+def share_pieces(draws: int, pieces: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
+    """This rank's share of every drawn mini-batch: numbers of its pieces, as :func:`share_batches`."""
+    return [
+        (draw * pieces + piece, counts)
+        for draw in range(draws)
+        for piece, counts in share_batches(pieces, rank, world_size)
     ]
 
 
@@ -120,17 +120,15 @@ class MapStyleSource:
     def read_draws(
         self, drawn: Sequence[int], batch_size: int, seed: int, rank: int, world_size: int
     ) -> list[ProbeItem]:
-        """This rank's share of drawn batches, each in pieces of the loader's own batch size.
+        """This rank's share of each of the drawn batches, in pieces of the loader's own batch size.
 
-        Partners, the batches 2j and 2j + 1, stay on one rank. A sample that comes in several batches draws its noise
-        anew in each.
+        A sample that comes in several batches draws its noise anew in each.
         """
         pieces: list[list[int]] = []
         for number, start in enumerate(range(0, len(drawn), batch_size)):
             whole: list[int] = [_Drawn.of(sample, number) for sample in drawn[start : start + batch_size]]
             pieces += [whole[first : first + self.batch_size] for first in range(0, batch_size, self.batch_size)]
-        together = 2 * self.pieces(batch_size)
-        shares = share_batches(len(pieces), rank, world_size, together)
+        shares = share_pieces(len(drawn) // batch_size, self.pieces(batch_size), rank, world_size)
         batches = _read_batches(self.loader, [pieces[index] for index, _ in shares], seed)
         return [
             ProbeItem(batch, index, is_ready=False, weight=float(len(pieces[index])) if counts else 0.0)

@@ -155,10 +155,7 @@ class ProbeData:
         Raises:
             MisconfigurationException: If the first batch cannot be copied.
         """
-        # partners, two drawn batches, stay on one rank
-        together = 1 if self.pieces is None else 2 * self.pieces
-        group, place = divmod(len(self.items), together)
-        index = (group * world_size + rank) * together + place
+        index = len(self.items) * world_size + rank
         try:
             item = ProbeItem(private_copy(batch), index, is_ready=True, weight=batch_length(batch))
         except Exception as error:
@@ -205,7 +202,7 @@ def read_probe(
         return _read_loader(probe, rank, world_size)
     if kept and ("batches" in kept or "files" in kept):
         pieces = kept.get("pieces")
-        items = restore_batches(kept, rank, world_size, 1 if pieces is None else 2 * pieces)
+        items = restore_batches(kept, rank, world_size, pieces)
         if items is not None:
             drawn: dict[str, Any] = {name: kept.get(name) for name in ("pieces", "draws", "batch_size")}
             return ProbeData(kept["kind"], items, size=kept["size"], **drawn, kept=dict(kept))
@@ -296,11 +293,10 @@ def _read_draws(
             f"{wanted} with `draws` needs a map-style {probe.split} set in one loader, but {reason}."
         )
     pieces = accumulated * world_size
-    here = 2 * math.ceil(draws / (2 * world_size))
     made_of = "" if pieces == 1 else f" ({pieces} batches of the loaders each)"
     notify(f"The mini-batches are the first of training{made_of}, not drawn from the training set: {reason}.")
-    kind = f"the first {here * world_size} mini-batches of training"
-    return ProbeData(kind, wanted=here * pieces, pieces=pieces, draws=here * world_size)
+    kind = f"the first {draws} mini-batches of training"
+    return ProbeData(kind, wanted=draws * accumulated, pieces=pieces, draws=draws)
 
 
 def _read_loader(probe: Probe, rank: int, world_size: int) -> ProbeData:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dynamics.callbacks.map_style import ProbeItem, share_batches
+from lightning_dynamics.callbacks.map_style import ProbeItem, share_batches, share_pieces
 from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.objective.replay import tensor_bytes
 
@@ -57,14 +57,17 @@ def keep_batches(items: Sequence[ProbeItem], ranks: Ranks, directory: Path | Non
     return {} if None in files else {"files": files}
 
 
-def restore_batches(kept: Mapping[str, Any], rank: int, world_size: int, together: int = 1) -> list[ProbeItem] | None:
+def restore_batches(
+    kept: Mapping[str, Any], rank: int, world_size: int, pieces: int | None = None
+) -> list[ProbeItem] | None:
     """This rank's share of the batches that :func:`keep_batches` kept; None if a file is gone or not what it was.
 
     Args:
         kept: What was kept.
         rank: This process's number.
         world_size: Number of processes.
-        together: So many consecutive batches stay on one rank.
+        pieces: Consecutive batches that make one drawn mini-batch, of which every rank has a share; None if nothing is
+            drawn.
     """
     if "batches" in kept:
         entries = [(entry["index"], entry["weight"], entry["batch"]) for entry in kept["batches"]]
@@ -80,9 +83,14 @@ def restore_batches(kept: Mapping[str, Any], rank: int, world_size: int, togethe
             # the file's content is what this run wrote: its digest came with the checkpoint
             entries += torch.load(io.BytesIO(content), weights_only=False)
         entries.sort(key=lambda entry: entry[0])
+    shares = (
+        share_batches(len(entries), rank, world_size)
+        if pieces is None
+        else share_pieces(len(entries) // pieces, pieces, rank, world_size)
+    )
     return [
         ProbeItem(entries[i][2], entries[i][0], is_ready=True, weight=entries[i][1] if counts else 0.0)
-        for i, counts in share_batches(len(entries), rank, world_size, together)
+        for i, counts in shares
     ]
 
 

@@ -117,7 +117,7 @@ class Probes:
         """All ranks have copied their batches: agree on what there is."""
         data.size = int(sum(self._ranks.gather(sum(item.weight for item in data.items))))
         if data.pieces is not None:  # training may have ended before all had passed
-            data.draws = sum(self._ranks.gather(len(data.items) // data.pieces))
+            data.draws = len(data.items) * self._ranks.world_size // data.pieces
             data.batch_size = round(data.size / data.draws) if data.draws else None
         data.kept = keep_batches(data.items, self._ranks, directory)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,7 +76,7 @@ class Wanted:
 
 
 class Survey:
-    """Numbers of M mini-batches at one θ, shape ``(M,)`` each, float64; summed over ranks, each of which fills its own.
+    """Numbers of M mini-batches at one θ, shape ``(M,)`` each, float64. On rank zero.
 
     Args:
         wanted: What to read.
@@ -104,7 +103,7 @@ class Survey:
         if wanted.samples and batch_size is not None:
             self._columns["sample_distances"] = torch.zeros(draws, batch_size, dtype=torch.float64)
         self.coupled: str | None = None
-        """Why there are no gradients of single samples, as far as this process knows."""
+        """Why there are no gradients of single samples."""
 
     def __getitem__(self, name: str) -> Tensor:
         """A column, of the mini-batches that were read: whole pairs."""
@@ -131,12 +130,6 @@ class Survey:
         for own, other in ((first, second), (second, first)):
             for name, value in self._read(own, other).items():
                 self._columns[name][own.number] = value
-
-    def state(self) -> dict[str, Tensor]:
-        return self._columns
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        self._columns = dict(state)
 
     def _read(self, own: MiniBatch, other: MiniBatch) -> dict[str, float | Tensor]:
         wanted, gradient, mean = self.wanted, own.gradient, self.mean
@@ -188,17 +181,13 @@ class Survey:
     def _sampled(self, own: MiniBatch) -> dict[str, float | Tensor]:
         if self.coupled is not None:
             return {}
-        norms, distances = [], []
         try:
-            for block in own.sample_gradients():
-                norms.append(block.double().square().sum(1))
-                distances.append((block - self.mean).double().square().sum(1))
+            norms, squares = own.sample_squares(self.mean)
         except ValueError as error:  # samples that are coupled, or batches that cannot be split
             self.coupled = str(error)
             return {}
-        squares = torch.cat(distances).cpu()
         values: dict[str, float | Tensor] = {
-            "sample_norms": float(torch.cat(norms).sum()),
+            "sample_norms": float(norms.sum()),
             "sample_deviations": float(squares.sum()),
             "sampled": 1.0,
         }

@@ -13,7 +13,7 @@ from lightning_dynamics.objective.features import (
 from lightning_dynamics.objective.layers import Anatomy, Tap, discover, resolve
 from lightning_dynamics.objective.linearization import Linearization, Part, Sum
 from lightning_dynamics.objective.loss import Engine, LossFunction, Objective
-from lightning_dynamics.objective.mini_batch import MiniBatch, MiniBatchSums
+from lightning_dynamics.objective.mini_batch import LocalPieces, MiniBatch, MiniBatchReader
 from lightning_dynamics.objective.outputs import Kind, OutputFn
 from lightning_dynamics.objective.parameters import Layout, ParameterFilter, select_parameters
 from lightning_dynamics.objective.samples import CoupledSamplesError
@@ -33,9 +33,10 @@ __all__ = [
     "Kind",
     "Layout",
     "Linearization",
+    "LocalPieces",
     "LossFunction",
     "MiniBatch",
-    "MiniBatchSums",
+    "MiniBatchReader",
     "Objective",
     "OutputFn",
     "ParameterFilter",

@@ -15,7 +15,7 @@ from lightning_dynamics.linalg.krylov import random_vector
 from lightning_dynamics.linalg.operator import OnSpaceOf, Space, SymmetricOperator
 from lightning_dynamics.objective.linearization import Part, Sum
 from lightning_dynamics.objective.loss import Objective
-from lightning_dynamics.objective.mini_batch import MiniBatchSums
+from lightning_dynamics.objective.mini_batch import MiniBatch, MiniBatchReader, Pieces
 from lightning_dynamics.objective.outputs import Kind
 from lightning_dynamics.objective.parameters import Layout
 
@@ -34,7 +34,10 @@ class Evaluation(Space, Protocol):
 
     def product(self, vector: Tensor, part: Part = "all", kind: Sum = "hessian") -> Tensor: ...
 
-    def survey(self, into: MiniBatchSums) -> None: ...
+    @property
+    def mini_batches(self) -> list[int]: ...
+
+    def pieces_of(self, number: int) -> Pieces: ...
 
 
 class HessianOperator(OnSpaceOf):
@@ -94,9 +97,20 @@ class HessianOperator(OnSpaceOf):
         """Another matrix of the same loss at the same weights, see :data:`Kind`; or that of half of the batches."""
         return _MatrixOfLoss(self, kind, part)
 
-    def survey(self, into: MiniBatchSums) -> None:
-        """Show all mini-batches to what sums something over them, two at a time."""
-        self._at.survey(into)
+    def survey(self, reader: MiniBatchReader) -> None:
+        """Show the mini-batches to a reader in pairs, numbers 2j and 2j + 1, which are at hand together.
+
+        A pair with one that the step skips is left out.
+        """
+        numbers = self._at.mini_batches
+        for number in (n for n in numbers if n % 2 == 0 and n + 1 in numbers):
+            pair = [MiniBatch(each, self._at.pieces_of(each)) for each in (number, number + 1)]
+            try:
+                if all(each.weight for each in pair):
+                    reader.update(*pair)
+            finally:
+                for each in pair:
+                    each.close()
 
     def slope(self, vector: Tensor) -> Tensor:
         """∇(vᵀ∇²L v), shape ``(size,)``: how the curvature along a fixed direction changes with the weights.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dynamics.objective.memory import SavedBytes, available_memory
-from lightning_dynamics.objective.mini_batch import MiniBatch, MiniBatchSums
+from lightning_dynamics.objective.mini_batch import LocalPieces
 from lightning_dynamics.objective.outputs import Composition, Kind, check_agreement
 from lightning_dynamics.objective.parameters import Layout
 from lightning_dynamics.objective.samples import SampleGradients
@@ -145,21 +144,14 @@ class Linearization:
             out = second.mul_(weight) if out is None else out.add_(second, alpha=weight)
         return self.zeros() if out is None else out
 
-    def survey(self, into: MiniBatchSums) -> None:
-        """Show mini-batches to what sums something over them, in pairs: numbers 2j and 2j + 1.
+    @property
+    def mini_batches(self) -> list[int]:
+        """The numbers of the mini-batches."""
+        return sorted(self._objective.mini_batches())
 
-        They are at hand two at a time, each with one graph at most unless graphs are kept; a pair with one that the
-        step skips is left out.
-        """
-        groups = self._objective.mini_batches()
-        for number in sorted(number for number in groups if number % 2 == 0 and number + 1 in groups):
-            pair = [MiniBatch(self, each, groups[each]) for each in (number, number + 1)]
-            try:
-                if all(each.weight for each in pair):
-                    into.update(*pair)
-            finally:
-                for each in pair:
-                    each.close()
+    def pieces_of(self, number: int) -> LocalPieces:
+        """One mini-batch, as far as this process holds it."""
+        return LocalPieces(self, self._objective.mini_batches()[number])
 
     def graphs_fit(self, reserve: int = 0, sharers: int = 1) -> bool:
         """Whether the gradient graphs of all batches, and ``reserve`` bytes, fit into half of the free memory.
@@ -218,13 +210,12 @@ class Linearization:
         return out
 
     def loss_after(self, step: Tensor, positions: Iterable[int]) -> float:
-        """Mean loss of some batches at θ + Δ."""
-        total, weight = 0.0, 0.0
+        """Σ w_b ℓ_b(θ + Δ) over some batches."""
+        total = 0.0
         with self._objective.sandbox.displaced(self._leaves, self.layout.directions(step, self._leaves)):
             for term in self._objective._terms(positions=positions):
                 total += term.weight * float(term.loss.detach())
-                weight += term.weight
-        return total / weight if weight else math.nan
+        return total
 
     def sample_gradients(self, graphs: list[Graph] | None, positions: Sequence[int]) -> Iterator[Tensor]:
         """Gradients of the samples of some batches, under the first draw of the noise, as blocks of rows."""
@@ -234,9 +225,12 @@ class Linearization:
         # all of them first: the samples' own runs go through the same sandbox
         each = [(graph, self.layout.flatten(graph.gradient, self.zeros()), loss) for graph, loss in known]
         for graph, gradient, loss in each:
-            if graph.draw == 0:
-                batch = self._objective.batch_of(graph.index, positions)
-                yield from self._samples.of_batch(graph.index, batch, 0, gradient, loss)
+            if graph.draw:
+                continue
+            batch = self._objective.batch_of(graph.index, positions)
+            for block in self._samples.of_batch(graph.index, batch, 0, gradient, loss):
+                if graph.weight:  # a repetition only keeps the ranks in step
+                    yield block
 
     def _graph_bytes(self) -> int:
         """What keeping the gradient graphs of all batches takes; found on the first batch, once."""

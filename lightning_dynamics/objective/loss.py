@@ -37,7 +37,7 @@ class Objective(Replay):
         parameters: Which parameters make up θ, see :data:`ParameterFilter`; all that require a gradient by default.
         output_fn: Where the network's outputs are, see :data:`OutputFn`; for Gauss-Newton and Fisher matrices.
         matrices: How many matrices products will be taken of, the Hessian included: the memory of graphs grows with it.
-        pieces: So many consecutive batches, by their numbers, make one mini-batch, see :meth:`Linearization.pairs`.
+        pieces: So many consecutive batches, by their numbers, make one mini-batch, see :class:`MiniBatch`.
         samples_of: Splits a batch into batches of one sample each, see :class:`SampleGradients`.
         noise_draws: R ≥ 1; the loss is averaged over R draws of the noise, at R times the cost. A single fixed draw
             biases the largest eigenvalue upwards.
@@ -125,11 +125,10 @@ class Objective(Replay):
         return next(self._batches[position] for position in positions if self._indices[position] == number)
 
     def mini_batches(self) -> dict[int, list[int]]:
-        """Positions of the batches, of those that weigh anything, by the mini-batch that they are pieces of."""
+        """Positions of the batches by the mini-batch that they are pieces of."""
         found: dict[int, list[int]] = {}
-        for position, (index, weight) in enumerate(zip(self._indices, self._weights, strict=True)):
-            if weight > 0:
-                found.setdefault(index // self.pieces, []).append(position)
+        for position, index in enumerate(self._indices):
+            found.setdefault(index // self.pieces, []).append(position)
         return found
 
     def _terms(self, kind: Kind = "hessian", positions: Iterable[int] | None = None) -> Iterator[Term]:

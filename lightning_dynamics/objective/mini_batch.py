@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning_dynamics.objective.linearization import Graph, Linearization
 
 
-class MiniBatch:
-    """L_B(θ), the mean over the pieces of one mini-batch, at the weights that the objective was opened at.
+class Pieces(Protocol):
+    """The pieces of one mini-batch, held by this process or by several: sums over them.
 
     Attributes:
-        number: Its number among all mini-batches, over all processes.
-        loss: L_B.
-        gradient: ∇L_B, shape ``(size,)``.
-        weight: Of all its pieces; 0 if the step skipped them, and then there is nothing else.
+        weight: Σ w; 0 if the step skipped them all.
+        loss: Σ wℓ.
+        gradient: Σ w∇ℓ, shape ``(size,)``.
     """
 
-    def __init__(self, at: Linearization, number: int, positions: Sequence[int]) -> None:
-        self.number = number
+    weight: float
+    loss: float
+    gradient: Tensor
+
+    def product(self, vector: Tensor) -> Tensor: ...
+
+    def loss_after(self, step: Tensor) -> float: ...
+
+    def sample_squares(self, center: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def close(self) -> None: ...
+
+
+class LocalPieces:
+    """The pieces of one mini-batch that this process holds.
+
+    A single piece keeps its graph as long as it is at hand, which is no more than any evaluation holds; the graphs of
+    several are built anew for each product, unless the objective keeps those of all batches.
+
+    Args:
+        at: The objective, opened.
+        positions: Which of its batches.
+    """
+
+    def __init__(self, at: Linearization, positions: Sequence[int]) -> None:
         self.gradient = at.zeros()
         self.loss = 0.0
         self.weight = 0.0
         self._at = at
         self._positions = list(positions)
-        # the graph of one piece is no more than any evaluation holds
         graphs = at.graphs_of(positions)
         keeps = graphs is None and len(self._positions) * at.noise_draws == 1
         self._graphs: list[Graph] | None = graphs if graphs is not None else [] if keeps else None
@@ -38,37 +60,68 @@ class MiniBatch:
             self.weight += graph.weight
             if keeps and self._graphs is not None:
                 self._graphs.append(graph)
-        if self.weight:
-            self.gradient /= self.weight
-            self.loss /= self.weight
 
     def product(self, vector: Tensor) -> Tensor:
-        """∇²L_B · v for v of shape ``(size,)``."""
-        return self._at.summed_images(vector, self._graphs, self._positions).div_(self.weight)
+        return self._at.summed_images(vector, self._graphs, self._positions)
 
     def loss_after(self, step: Tensor) -> float:
-        """L_B(θ + Δ) for Δ of shape ``(size,)``, with the noise of L_B(θ)."""
         return self._at.loss_after(step, self._positions)
 
-    def sample_gradients(self) -> Iterator[Tensor]:
-        """Gradients of the single samples' losses, in blocks of rows of shape ``(size,)``.
-
-        Raises:
-            CoupledSamplesError: If the loss of the batch is not the mean of theirs.
-            ValueError: If the batch cannot be split.
-        """
-        return self._at.sample_gradients(self._graphs, self._positions)
+    def sample_squares(self, center: Tensor) -> tuple[Tensor, Tensor]:
+        norms, distances = [], []
+        for block in self._at.sample_gradients(self._graphs, self._positions):
+            norms.append(block.double().square().sum(1).cpu())
+            distances.append((block - center).double().square().sum(1).cpu())
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return torch.cat([nothing, *norms]), torch.cat([nothing, *distances])
 
     def close(self) -> None:
-        """Let go of its graph."""
         self._graphs = None
 
 
-class MiniBatchSums(Protocol):
-    """Something that grows with every pair of mini-batches, and is the sum of what grows elsewhere. Can be pickled."""
+class MiniBatch:
+    """L_B(θ), the mean over the pieces of one mini-batch, at the weights that the objective was opened at.
+
+    Attributes:
+        number: Its number among all mini-batches.
+        loss: L_B.
+        gradient: ∇L_B, shape ``(size,)``.
+        weight: Of all its pieces; 0 if the step skipped them, and then the others are 0 too.
+    """
+
+    def __init__(self, number: int, pieces: Pieces) -> None:
+        self.number = number
+        self.weight = pieces.weight
+        self.loss = pieces.loss / pieces.weight if pieces.weight else 0.0
+        self.gradient = pieces.gradient / pieces.weight if pieces.weight else pieces.gradient
+        self._pieces = pieces
+
+    def product(self, vector: Tensor) -> Tensor:
+        """∇²L_B · v for v of shape ``(size,)``."""
+        return self._pieces.product(vector).div_(self.weight)
+
+    def loss_after(self, step: Tensor) -> float:
+        """L_B(θ + Δ) for Δ of shape ``(size,)``, with the noise of L_B(θ)."""
+        return self._pieces.loss_after(step) / self.weight
+
+    def sample_squares(self, center: Tensor) -> tuple[Tensor, Tensor]:
+        """‖gᵢ‖² and ‖gᵢ - c‖² of its samples' gradients, shape ``(n,)`` each, float64; of one draw of the noise.
+
+        Args:
+            center: c, shape ``(size,)``.
+
+        Raises:
+            CoupledSamplesError: If the loss of a piece is not the mean of those of its samples.
+            ValueError: If a batch cannot be split.
+        """
+        return self._pieces.sample_squares(center)
+
+    def close(self) -> None:
+        """Let go of its graph."""
+        self._pieces.close()
+
+
+class MiniBatchReader(Protocol):
+    """What reads mini-batches, two at a time."""
 
     def update(self, first: MiniBatch, second: MiniBatch) -> None: ...
-
-    def state(self) -> dict[str, Tensor]: ...
-
-    def load(self, state: Mapping[str, Tensor]) -> None: ...

@@ -22,7 +22,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dynamics import DisplacementMonitor, HessianMonitor, NeuralCollapseMonitor, Probe, Reference
+from lightning_dynamics import (
+    DisplacementMonitor,
+    GradientNoiseMonitor,
+    HessianMonitor,
+    NeuralCollapseMonitor,
+    Probe,
+    Reference,
+    StochasticSharpnessMonitor,
+)
 from lightning_dynamics.callbacks import hessian
 from lightning_dynamics.callbacks.measurements import Measurements
 from lightning_dynamics.objective import Linearization
@@ -120,6 +128,12 @@ def test_a_run_on_two_ranks_is_the_run_without_monitors(tmp_path, options):
             NeuralCollapseMonitor(every_n_train_steps=1, probe=Probe(size=24), forward_fn=logits),
             NeuralCollapseMonitor(
                 every_n_train_steps=2, probe=Probe(first_batches=2), name="first", mode="train", forward_fn=logits
+            ),
+            StochasticSharpnessMonitor(
+                every_n_train_steps=1, eigenvalues_every_n_train_steps=2, solved=2, probe=Probe(draws=4)
+            ),
+            GradientNoiseMonitor(
+                every_n_train_steps=1, detail_every_n_train_steps=2, directions=1, probe=Probe(draws=4)
             ),
         ]
 
@@ -394,3 +408,73 @@ def test_displacements_of_two_processes_are_those_of_one(tmp_path):
             assert found.scalars[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
     first, second = torch.load(tmp_path / "read.pt", weights_only=True)
     assert first == second
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_drawn_mini_batches_do_not_depend_on_the_number_of_ranks(accumulate):
+    """A mini-batch is that of all ranks together, accumulated."""
+
+    def run(batch_size, **options):
+        detail = {"every_n_train_steps": 1, "probe": Probe(draws=8)}
+        sharpness = StochasticSharpnessMonitor(eigenvalues_every_n_train_steps=2, solved=4, **detail)
+        noise = GradientNoiseMonitor(detail_every_n_train_steps=2, directions=2, **detail)
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+        module = Regression(net, optimizer=lambda p: torch.optim.SGD(p, 1e-7, momentum=0.5))
+        data = DataLoader(full_batch(24).dataset, batch_size=batch_size)
+        fit([sharpness, noise], module, data, max_epochs=1, accumulate_grad_batches=accumulate, **options)
+        return sharpness.history, noise.history
+
+    one, both = run(6), run(3, **two())
+    of_the_step = ("step", "update", "change")  # which samples it was made of depends on the ranks
+    for alone, together in zip(one, both, strict=True):
+        assert [r.step for r in alone] == [r.step for r in together] == list(range(4 // accumulate + 1))
+        for expected, found in zip(alone, together, strict=True):
+            assert found.notes["probe"]["batch_size"] == expected.notes["probe"]["batch_size"] == 6 * accumulate
+            assert found.scalars.keys() == expected.scalars.keys()
+            for key, value in expected.scalars.items():
+                if not any(word in key for word in (*of_the_step, "bottom", "share")):
+                    assert found.scalars[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_the_step_of_two_ranks_is_that_of_one(batch_size):
+    """The whole set in each step; drawn mini-batches of five are less than one rank's batch, and one rank has none."""
+
+    def run(size, **options):
+        probe = Probe(draws=4, batch_size=batch_size)
+        monitor = StochasticSharpnessMonitor(
+            every_n_train_steps=1, eigenvalues_every_n_train_steps=2, solved=4, probe=probe
+        )
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+        data = DataLoader(full_batch(24).dataset, batch_size=size)
+        fit(monitor, Regression(net, lr=0.02), data, max_epochs=3, **options)
+        return monitor.history
+
+    one, both = run(24), run(12, **two())
+    assert len(one) == len(both) == 4
+    for expected, found in zip(one, both, strict=True):
+        assert "sharpness/step_edge" in found.scalars or expected.final
+        assert found.scalars.keys() == expected.scalars.keys()
+        for key, value in expected.scalars.items():
+            assert found.scalars[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
+
+
+@pytest.mark.chaos
+@pytest.mark.filterwarnings("ignore:Rank 1 failed in its part", "ignore:StochasticSharpnessMonitor skips a point")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_mini_batch_fails_costs_points(monkeypatch, rank):
+    pieces_of = Linearization.pieces_of
+
+    def failing(self, number):
+        module = self._objective.module
+        if number == 3 and module.trainer.global_rank == rank and module.trainer.global_step == 2:
+            raise MemoryError("a mini-batch too many")
+        return pieces_of(self, number)
+
+    monkeypatch.setattr(Linearization, "pieces_of", failing)
+    detail = {"every_n_train_steps": 1, "probe": Probe(draws=4)}
+    sharpness = StochasticSharpnessMonitor(eigenvalues=False, step=False, **detail)
+    fit(sharpness, Regression(lr=1e-3), mini_batches(24, 3), max_epochs=1, **two())
+    assert [record.step for record in sharpness.history] == [0, 1, 3, 4]

@@ -58,6 +58,8 @@ def network(module, batch):
 
 HESSIAN, COLLAPSE = lightning_dynamics.HessianMonitor, lightning_dynamics.NeuralCollapseMonitor
 DISPLACEMENT = lightning_dynamics.DisplacementMonitor
+SHARPNESS, NOISE = lightning_dynamics.StochasticSharpnessMonitor, lightning_dynamics.GradientNoiseMonitor
+DRAWN = (SHARPNESS, NOISE)
 
 EVERYTHING = {
     HESSIAN: {
@@ -78,16 +80,20 @@ EVERYTHING = {
         "dimensions": 31,
         "also_log": ".*",
     },
+    SHARPNESS: {"eigenvalues_every_n_train_steps": 2, "solved": 2, "also_log": ".*"},
+    NOISE: {"detail_every_n_train_steps": 2, "directions": 1, "also_log": ".*"},
 }
 """What a monitor can measure besides."""
 
-ALWAYS = {HESSIAN: {}, COLLAPSE: {"forward_fn": network}, DISPLACEMENT: {}}
+ALWAYS = {HESSIAN: {}, COLLAPSE: {"forward_fn": network}, DISPLACEMENT: {}, SHARPNESS: {}, NOISE: {}}
 """What a monitor has to be told here."""
 
 OTHERWISE = {
     HESSIAN: {"mode": "eval", "pair": False},
     COLLAPSE: {"mode": "train"},
     DISPLACEMENT: {"mode": "eval", "memory": "host"},
+    SHARPNESS: {"mode": "eval", "step": False, "engine": "kept"},
+    NOISE: {"mode": "eval", "engine": "kept"},
 }
 """What a monitor does not do by default."""
 
@@ -101,6 +107,13 @@ def all_monitors(batches=2, **options):
     for kind in MONITORS:
         own = {k: v for k, v in options.items() if k in inspect.signature(kind).parameters}
         own = {**ALWAYS[kind], **own, **options.get(kind.__name__, {})}
+        if kind in DRAWN:
+            draws = {"name": "other", "monitor": True, "probe": Probe(draws=4, seed=1)}
+            monitors += [
+                kind(every_n_train_steps=1, probe=Probe(draws=4), **EVERYTHING[kind], **own),
+                kind(every_n_train_steps=3, **draws, **OTHERWISE[kind], **own),
+            ]
+            continue
         monitors += [
             kind(every_n_train_steps=1, probe=Probe(size=12 * batches), **EVERYTHING[kind], **own),
             kind(every_n_train_steps=2, probe=Probe(first_batches=batches), name="first", monitor=True, **own),

@@ -24,6 +24,8 @@ OURS = (
     "empirical_fisher",
     "collapse",
     "displacement",
+    "noise",
+    "sharpness",
     "dynamics/",
 )
 
