@@ -43,7 +43,7 @@ from lightning_dynamics.objective import Engine, HessianOperator, Kind, OutputFn
 from lightning_dynamics.recording.quantity import QuantityTable
 
 _PRODUCT = 2.3  # gradients
-_SOLVER = 16  # products for the eigenvectors
+_SOLVER = 45  # products for the eigenvectors
 _SAMPLES = 4.0  # gradients that those of all samples cost, where they can be computed together
 _PROBES = 8  # random vectors for the trace of the Fisher matrix
 _MOST_SHOWN = 1 << 10  # mini-batches that a preflight may be shown
@@ -99,7 +99,7 @@ class GradientNoiseMonitor(MiniBatchMonitor):
 
     Cost:
         A point takes two gradients of each of M mini-batches; in detail their single samples (about four more where
-        they can be computed together, one evaluation each else) and about 16 products for the eigenvectors. At each
+        they can be computed together, one evaluation each else) and 40 to 55 products for the eigenvectors. At each
         step two reads of the gradient. Memory: one graph of a mini-batch, the solver's vectors, 64 MiB of single
         gradients; between points one copy of the parameters for the leading eigenvector.
 
@@ -133,10 +133,14 @@ class GradientNoiseMonitor(MiniBatchMonitor):
         monitor: bool = False,
         name: str | None = None,
     ) -> None:
-        if samples not in (True, False, "auto"):
+        if not isinstance(samples, (bool, str)) or samples not in (True, False, "auto"):
             raise MisconfigurationException(f"`samples` must be True, False or 'auto', got {samples!r}.")
         check_positive_integer("directions", directions, least=0)
         check_positive_integer("series", series, least=0)
+        if 0 < series < _LEAST_STEPS:
+            raise MisconfigurationException(
+                f"`series={series}` steps are too few for an autocorrelation: at least {_LEAST_STEPS}, or 0 for none."
+            )
         check_positive_integer("detail_every_n_train_steps", detail_every_n_train_steps, optional=True)
         if isinstance(output_fn, str):
             raise MisconfigurationException("`output_fn` must be a function here: a module's name gives no likelihood.")
@@ -212,9 +216,8 @@ class GradientNoiseMonitor(MiniBatchMonitor):
             draws = max(self.options.probe.draws or 0, _MOST_SHOWN)
             survey = Survey(Wanted(samples=True), subject.gradient, draws, None)
             subject.survey(survey)
-            if not survey.has_samples:
-                reason = survey.coupled or "Another process could not compute them."
-                raise ValueError(f"Gradients of single samples (`samples=True`) cannot be had. {reason}")
+            if not survey.has_samples and (survey.coupled or len(survey)):  # there may be no pair to ask yet
+                raise ValueError(f"Gradients of single samples (`samples=True`) cannot be had. {survey.coupled}")
 
     def wants(self, point: Point[HessianOperator], in_detail: bool) -> Wanted:
         if not in_detail:
@@ -223,7 +226,7 @@ class GradientNoiseMonitor(MiniBatchMonitor):
         if self.directions:
             found = self.leading(point, self.directions, self.directions)
             ends = (found.top, found.bottom)
-            directions = torch.cat([end.vectors[: self.directions] for end in ends])
+            directions = torch.cat([end.vectors for end in ends])  # another monitor may want more of them
         samples = bool(self.samples) and "no_samples" not in point.memory
         return Wanted(directions=directions, samples=samples)
 
@@ -236,30 +239,41 @@ class GradientNoiseMonitor(MiniBatchMonitor):
             survey["squared_norms"],
             survey["squared_deviations"],
             survey["dots_mean"],
-            inner(point.subject.gradient, point.subject.gradient),
+            inner(survey.mean, survey.mean),
             data.batch_size or 1,
             data.population,
-            survey["along"] if point.in_detail and "along" in survey else None,
+            self._along(survey, point) if point.in_detail and self.directions else None,
         )
         self._enter(into, "trace", lambda: noise_trace(drawn))
         self._enter(into, "squared_gradient_norm", lambda: squared_gradient_norm(drawn))
-        self._enter(into, "signal_to_noise", lambda: signal_to_noise(drawn))
         if data.batch_size is not None:
             self._enter(into, "noise_scale", lambda: noise_scale(drawn))
-        rule = point.optimization.sgd if point.optimization is not None else "unknown"
-        if isinstance(rule, Sgd) and not (rule.momentum or rule.weight_decay):
+        self._enter(into, "signal_to_noise", lambda: signal_to_noise(drawn))
+        rule, unordered = _plain_sgd(point)
+        if isinstance(rule, Sgd):
             descent, stochastic = modified_loss_terms(drawn, rule.lr)
             self._enter(into, "modified_loss_gd", descent)
-            if point.optimization is not None and point.optimization.order == "reshuffled":
+            if unordered is None:
                 self._enter(into, "modified_loss_sgd", stochastic)
-        if point.in_detail:
-            if drawn.along is not None:
-                self._enter_directions(drawn, point, into)
+            else:
+                into.notes["no_modified_loss_sgd"] = unordered
+        else:
+            into.notes["no_modified_loss"] = rule
+        if drawn.along is not None:
+            self._enter_directions(drawn, point, into)
+        if point.in_detail or self.detail is None:  # without samples it comes from the batches, and costs nothing
             self._enter_samples(survey, drawn, point, into)
-            if self.options.output_fn is not None:
-                self._enter_true_fisher(point, into)
+        if point.in_detail and self.options.output_fn is not None:
+            self._enter_true_fisher(point, into)
         self._enter_autocorrelation(point, into)
         return into
+
+    def _along(self, survey: Survey, point: Point[HessianOperator]) -> Tensor:
+        """Components along this monitor's own eigenvectors, shape ``(M, 2 · directions)``."""
+        found = self.leading(point, self.directions, self.directions)
+        bottom = len(found.top.vectors)
+        along, n = survey["along"], self.directions
+        return torch.cat([along[:, :n], along[:, bottom : bottom + n]], dim=1)
 
     def _enter_directions(self, drawn: DrawnGradients, point: Point[HessianOperator], into: Measured) -> None:
         found = self.leading(point, self.directions, self.directions)
@@ -274,14 +288,13 @@ class GradientNoiseMonitor(MiniBatchMonitor):
             self._enter(into, name, estimate)
         self._enter(into, "share_in_directions", lambda: noise_share(drawn))
         into.notes["converged"] = found.converged
-        how = point.optimization
-        plain = how is not None and isinstance(how.sgd, Sgd) and not (how.sgd.momentum or how.sgd.weight_decay)
-        if plain and how is not None and isinstance(how.sgd, Sgd) and how.order == "reshuffled" and how.batches:
-            lr, batches = how.sgd.lr, how.batches
-            curvatures = torch.tensor(values, dtype=torch.float64)
-            self._enter(into, "weighted_trace", lambda: weighted_noise_trace(drawn, curvatures, lr, batches))
+        rule, unordered = _plain_sgd(point)
+        batches = point.optimization.batches if point.optimization is not None else None
+        if isinstance(rule, Sgd) and unordered is None and batches:
+            lr, epoch, curvatures = rule.lr, batches, torch.tensor(values, dtype=torch.float64)
+            self._enter(into, "weighted_trace", lambda: weighted_noise_trace(drawn, curvatures, lr, epoch))
         else:
-            into.notes["no_weighted_trace"] = "only plain SGD that reshuffles its batches has one"
+            into.notes["no_weighted_trace"] = rule if isinstance(rule, str) else unordered
         if self.follower is not None:
             self.follower.freeze(found.top.vectors[:1], point.subject.layout.shapes)
 
@@ -293,7 +306,7 @@ class GradientNoiseMonitor(MiniBatchMonitor):
             return
         if not survey.has_samples:
             if survey.wanted.samples:
-                point.memory["no_samples"] = survey.coupled or "another process could not compute them"
+                point.memory["no_samples"] = survey.coupled or "samples were not counted"
             if "no_samples" in point.memory:
                 into.notes["no_samples"] = point.memory["no_samples"]
             self._enter(into, "sample_trace", lambda: sample_noise_trace(drawn))
@@ -324,6 +337,10 @@ class GradientNoiseMonitor(MiniBatchMonitor):
             return
         rows: Tensor | None = self.follower.readings.pop(point.step, None)
         if rows is None or len(rows) < _LEAST_STEPS:
+            steps = 0 if rows is None else len(rows)
+            into.notes["no_autocorrelation"] = (
+                f"{steps} steps since the direction was frozen; {_LEAST_STEPS} are needed"
+            )
             return
         lags = [lag for lag in _LAGS if lag <= len(rows) // 10]
         try:
@@ -336,3 +353,14 @@ class GradientNoiseMonitor(MiniBatchMonitor):
         into.arrays[self._key("autocorrelation_values")] = [each.value for each in found]
         into.arrays[self._key("autocorrelation_errors")] = [each.error or math.nan for each in found]
         into.notes["autocorrelation_steps"] = len(rows)
+
+
+def _plain_sgd(point: Point[HessianOperator]) -> tuple[Sgd | str, str | None]:
+    """Plain SGD, or why training is none; and why its batches are not those of random reshuffling, if they are not."""
+    how = point.optimization
+    if how is None:
+        return "how training optimizes is not known", None
+    rule: Sgd | str = how.sgd
+    if isinstance(rule, Sgd) and (rule.momentum or rule.weight_decay):
+        rule = f"no theory of {'momentum' if rule.momentum else 'weight decay'}"
+    return rule, None if how.order == "reshuffled" else "batches are not reshuffled at random in every epoch"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ _SMALL = 1 << 26  # bytes of directions that go into a checkpoint
 class GradientSeries(Follower):
     """Components of each optimizer step's gradient, before clipping, along unit vectors that rank zero has frozen.
 
-    Gradients are the same on all ranks by then, so that rank zero alone follows them.
+    Gradients are the same on all ranks by then, so that rank zero alone follows them. Of an optimizer that evaluates or
+    steps more than once in a batch the first gradient counts; those of several optimizers are added.
 
     Args:
         window: Steps that are kept.
@@ -37,6 +39,7 @@ class GradientSeries(Follower):
         self._directions: dict[str, Tensor] = {}
         self._rows: list[Tensor] = []
         self._current: Tensor | None = None
+        self._seen: set[int] = set()
 
     @property
     def has_directions(self) -> bool:
@@ -64,7 +67,7 @@ class GradientSeries(Follower):
     ) -> None:
         self._module = module
         self.readings.clear()
-        if restored or not goes_on:
+        if restored is not None or not goes_on:
             self._forget()
         if restored and ranks.leads:
             self._directions = dict(restored["directions"])
@@ -77,6 +80,7 @@ class GradientSeries(Follower):
         if self._current is not None:
             self._rows.append(self._current)
             self._current = None
+        self._seen.clear()
         if len(self._rows) > 2 * self._window:
             del self._rows[: -self._window]
 
@@ -85,7 +89,9 @@ class GradientSeries(Follower):
 
     def tell(self, when: When, agreed: Any) -> bool:
         if self._rows:
-            self.readings[when.step] = torch.stack(self._rows[-self._window :]).double().cpu()
+            rows = _stacked(self._rows[-self._window :])
+            lost = (~rows.isfinite().all(1)).nonzero()  # a gap would shift the lags
+            self.readings[when.step] = rows[int(lost[-1]) + 1 :] if len(lost) else rows
         if len(self.readings) > _MOST_READ:
             del self.readings[min(self.readings)]
         return False
@@ -94,8 +100,9 @@ class GradientSeries(Follower):
         pass
 
     def optimizer_steps(self, optimizer: Optimizer, is_due_next: bool) -> None:
-        if not self._directions:
+        if not self._directions or id(optimizer) in self._seen:  # a closure that is evaluated again, elsewhere
             return
+        self._seen.add(id(optimizer))
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in self._module.named_parameters():
             direction = self._directions.get(name)
@@ -103,7 +110,10 @@ class GradientSeries(Follower):
                 continue
             gradient = parameter.grad.detach()
             flat = torch.view_as_real(gradient).reshape(-1) if gradient.is_complex() else gradient.reshape(-1)
-            along = (direction @ flat.to(direction.device, direction.dtype)).double()
+            if direction.device != flat.device:
+                direction = self._directions[name] = direction.to(flat.device)
+            along = direction @ flat.to(direction.dtype)
+            along = (along.cpu() if along.device.type == "mps" else along).double()
             self._current = along if self._current is None else self._current + along
 
     def stop(self) -> None:
@@ -113,7 +123,14 @@ class GradientSeries(Follower):
         size = sum(part.numel() * part.element_size() for part in self._directions.values())
         if size > _SMALL:
             return {}
-        rows = [row.cpu() for row in self._rows[-self._window :]]
-        if self._current is not None:  # the checkpoint lies between the step and the next one's start
-            rows.append(self._current.cpu())
-        return {"directions": {name: part.cpu() for name, part in self._directions.items()}, "rows": rows}
+        current = [] if self._current is None else [self._current]  # between the step and the next one's start
+        rows = [*self._rows, *current][-self._window :]
+        return {
+            "directions": {name: part.cpu() for name, part in self._directions.items()},
+            "rows": _stacked(rows) if rows else [],
+        }
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Rows on the CPU; those of a checkpoint were there before. One transfer per device."""
+    return torch.cat([torch.stack(list(group)).cpu() for _, group in groupby(rows, key=lambda row: row.device)])

@@ -102,10 +102,12 @@ class Member:
     Attributes:
         monitor: The monitor.
         in_detail: Whether it measures in detail.
+        memory: What it keeps, see :class:`Point`.
     """
 
     monitor: Any
     in_detail: bool
+    memory: dict[str, Any]
 
 
 @dataclass(frozen=True)

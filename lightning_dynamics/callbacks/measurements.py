@@ -255,7 +255,13 @@ class Measurements:
         def prepare() -> tuple[Replay, list[Task]]:
             # what fails here (parameters that were frozen since, a batch that cannot be copied) fails on all ranks
             replay = self._replay(when, first, batch, saved)
-            shared = _Shared([Member(self._monitors[i], roles[i].in_detail) for i in members])
+            states = [self._ledger.states[self._monitors[i].label] for i in members]
+            shared = _Shared(
+                [
+                    Member(self._monitors[i], roles[i].in_detail, state.memory)
+                    for i, state in zip(members, states, strict=True)
+                ]
+            )
             return replay, [self._task(when, i, roles[i], saved, shared) for i in members]
 
         vectors = max(self._monitors[i].vectors_held for i in members)

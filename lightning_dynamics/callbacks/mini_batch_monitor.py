@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from lightning_dynamics.callbacks.probe import Probe
 from lightning_dynamics.callbacks.survey import Survey, Wanted
 from lightning_dynamics.linalg import ExtremalEigenpairs, eigenpairs
 from lightning_dynamics.metrics import Estimate, UnresolvedGradientError
-from lightning_dynamics.objective import HessianOperator, Layout
+from lightning_dynamics.objective import HessianOperator, Layout, MiniBatch
 
 _SURVEY = "survey"
 
@@ -38,14 +40,20 @@ class MiniBatchMonitor(CurvatureMonitor):
         """
         if _SURVEY not in point.found:
             wanted = Wanted(seed=self.options.probe.seed)
-            for member in point.together or [Member(self, point.in_detail)]:
+            for member in point.together or [Member(self, point.in_detail, point.memory)]:
                 if isinstance(member.monitor, MiniBatchMonitor):
-                    wanted |= member.monitor.wants(point, member.in_detail)
+                    wanted |= member.monitor.wants(replace(point, memory=member.memory), member.in_detail)
             data = point.data
             assert data is not None
             assert data.draws is not None
-            survey = Survey(wanted, point.subject.gradient, data.draws, data.batch_size)
+            # training takes a step for each mini-batch, whatever it weighs
+            differ = self.options.weight_fn is not None or data.population is None
+            mean = mean_gradient(point.subject) if differ else point.subject.gradient
+            survey = Survey(wanted, mean, data.draws, data.batch_size)
             point.subject.survey(survey)
+            if len(survey) != data.draws and not differ:  # some were skipped by the step
+                survey = Survey(wanted, mean_gradient(point.subject), data.draws, data.batch_size)
+                point.subject.survey(survey)
             point.found[_SURVEY] = survey
         found: Survey = point.found[_SURVEY]
         if len(found) < 4:
@@ -97,6 +105,27 @@ class MiniBatchMonitor(CurvatureMonitor):
         if found.error is not None:
             into.errors[self._key(name)] = found.error
         return found
+
+
+class _Sum:
+    """Sums the gradients of mini-batches."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.total = torch.zeros_like(like)
+        self.count = 0
+
+    def update(self, first: MiniBatch, second: MiniBatch) -> None:
+        self.total += first.gradient
+        self.total += second.gradient
+        self.count += 2
+
+
+def mean_gradient(subject: HessianOperator) -> Tensor:
+    """Mean of the mini-batches' gradients, each counting once, shape ``(size,)``."""
+    found = _Sum(subject.gradient)
+    subject.survey(found)
+    mean: Tensor = found.total / max(1, found.count)
+    return mean
 
 
 def check_draws(probe: Probe) -> None:

@@ -176,6 +176,11 @@ class StochasticSharpnessMonitor(MiniBatchMonitor):
     def ends(self) -> tuple[int, int]:
         return 1, 0
 
+    def shown(self, clips: bool) -> list[str]:
+        absent = set() if self.detail is not None else {"minibatch_top_1", "top_1", "balance_ratio"}
+        absent |= set() if self.awaits_step else {"update_edge"}
+        return [name for name in super().shown(clips) if name not in absent]
+
     def gradients_per_point(self, module: Any) -> float:
         step = _PRODUCT + 0.4 if self.awaits_step else 0.0
         return self.options.noise_draws * (1 + 1.3 + _PRODUCT + step)
@@ -284,7 +289,7 @@ class StochasticSharpnessMonitor(MiniBatchMonitor):
             into.notes["solved"] = {"mini_batches": len(tops), "bound": float(survey["top_bounds"].max())}
 
     def _enter_interaction(self, survey: Survey, point: Point[HessianOperator], into: Measured) -> None:
-        drawn = _drawn(survey, inner(point.subject.gradient, point.subject.gradient))
+        drawn = _drawn(survey, inner(survey.mean, survey.mean))
         value = self._enter(into, "gni", lambda: gni(drawn))
         self._enter(into, "ias", lambda: ias(drawn))
         rule = point.optimization.sgd if point.optimization is not None else "unknown"

@@ -70,8 +70,8 @@ class LocalPieces:
     def sample_squares(self, center: Tensor) -> tuple[Tensor, Tensor]:
         norms, distances = [], []
         for block in self._at.sample_gradients(self._graphs, self._positions):
-            norms.append(block.double().square().sum(1).cpu())
-            distances.append((block - center).double().square().sum(1).cpu())
+            norms.append(torch.linalg.vector_norm(block, dim=1).double().square().cpu())
+            distances.append(torch.linalg.vector_norm(block.sub_(center), dim=1).double().square().cpu())
         nothing = torch.zeros(0, dtype=torch.float64)
         return torch.cat([nothing, *norms]), torch.cat([nothing, *distances])
 

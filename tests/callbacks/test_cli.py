@@ -9,6 +9,7 @@ import re
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from helpers.fit import full_batch
 from helpers.modules import Classification, Regression, class_data
 from lightning.pytorch.cli import LightningCLI
@@ -16,7 +17,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_dynamics
-from lightning_dynamics import DisplacementMonitor, HessianMonitor, NeuralCollapseMonitor, Probe, Reference, Spectrum
+from lightning_dynamics import (
+    DisplacementMonitor,
+    GradientNoiseMonitor,
+    HessianMonitor,
+    NeuralCollapseMonitor,
+    Probe,
+    Reference,
+    Spectrum,
+    StochasticSharpnessMonitor,
+)
 
 
 class Plain(Regression):
@@ -227,8 +237,71 @@ def test_every_option_of_displacement_can_be_set_in_a_file(tmp_path, monkeypatch
     assert "displacement_late/gradient_norm" in monitor.history[-1].scalars
 
 
+OF_MINI_BATCHES = f"""
+        every_n_train_steps: 2
+        probe: {{draws: 4, batch_size: 6, seed: 3}}
+        parameters: net.6.*
+        loss_fn: {__name__}.cross_entropy
+        weight_fn: {__name__}.count
+        mode: eval
+        precision: same
+        noise_draws: 2
+        engine: kept
+        also_log: [".*"]
+        monitor: true
+        name: late
+"""
+
+SHARPNESS = """
+        eigenvalues: true
+        eigenvalues_every_n_train_steps: 2
+        solved: 2
+        step: true
+        window: 3
+"""
+
+NOISE = f"""
+        samples: true
+        directions: 1
+        detail_every_n_train_steps: 2
+        series: 100
+        output_fn: {__name__}.likelihood
+"""
+
+
+def likelihood(module, batch):
+    return module.net(batch[0]), lambda z: torch.distributions.Categorical(logits=z)
+
+
 @pytest.mark.parametrize(
-    "kind", [HessianMonitor, NeuralCollapseMonitor, DisplacementMonitor, Probe, Spectrum, Reference]
+    ("kind", "options", "keys"),
+    [
+        (StochasticSharpnessMonitor, SHARPNESS, ["sharpness_late/batch_sharpness", "sharpness_late/minibatch_top_1"]),
+        (GradientNoiseMonitor, NOISE, ["noise_late/trace", "noise_late/true_fisher_trace", "noise_late/fisher_trace"]),
+    ],
+)
+def test_every_option_of_monitors_of_mini_batches_can_be_set_in_a_file(tmp_path, monkeypatch, kind, options, keys):
+    monitor = run(tmp_path, options + OF_MINI_BATCHES, monkeypatch, kind, Classifies, Classes)
+    assert set(re.findall(r"^ {8}(\w+):", options + OF_MINI_BATCHES, re.MULTILINE)) >= set(
+        inspect.signature(kind).parameters
+    ) - {"every_n_epochs", "log_spaced"}
+    assert monitor.options.probe == Probe(draws=4, batch_size=6, seed=3)
+    assert monitor.options.loss_fn is cross_entropy
+    assert all(key in monitor.history[0].scalars for key in keys)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        HessianMonitor,
+        NeuralCollapseMonitor,
+        DisplacementMonitor,
+        StochasticSharpnessMonitor,
+        GradientNoiseMonitor,
+        Probe,
+        Spectrum,
+        Reference,
+    ],
 )
 def test_every_option_has_a_help_text(kind):
     """jsonargparse reads it from the docstring's list of arguments or attributes."""

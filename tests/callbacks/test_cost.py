@@ -8,7 +8,7 @@ from helpers.fit import fit, full_batch, mini_batches
 from helpers.modules import Regression
 from torch import nn
 
-from lightning_dynamics import HessianMonitor, Probe, Spectrum
+from lightning_dynamics import GradientNoiseMonitor, HessianMonitor, Probe, Spectrum, StochasticSharpnessMonitor
 from lightning_dynamics.objective.loss import Linearization, Objective
 
 GRADIENTS_PER_PRODUCT = 2.3
@@ -93,3 +93,38 @@ def test_between_points_nothing_is_computed(counted):
     one_point_each_end = counted["losses"]
     fit(HessianMonitor(1, 0, every_n_train_steps=1000, probe=Probe(whole=True), pair=False), network(), max_epochs=100)
     assert counted["losses"] == 2 * one_point_each_end
+
+
+def test_mini_batches_cost_what_is_promised(monkeypatch):
+    """In gradients on all of them: a product 2.3, a gradient with graph 1.3, a loss 0.4."""
+    spent = {"products": 0, "gradients": 0, "losses": 0}
+    images, gradient, after = Linearization.summed_images, Linearization._gradient, Linearization.loss_after
+
+    def counting_images(self, *arguments):
+        spent["products"] += 1
+        return images(self, *arguments)
+
+    def counting_gradient(self, *arguments, **options):
+        spent["gradients"] += 1
+        return gradient(self, *arguments, **options)
+
+    def counting_after(self, *arguments):
+        spent["losses"] += 1
+        return after(self, *arguments)
+
+    monkeypatch.setattr(Linearization, "summed_images", counting_images)
+    monkeypatch.setattr(Linearization, "_gradient", counting_gradient)
+    monkeypatch.setattr(Linearization, "loss_after", counting_after)
+    draws = {"probe": Probe(draws=8), "every_n_train_steps": 1}
+    for monitor in (
+        StochasticSharpnessMonitor(eigenvalues=False, **draws),
+        GradientNoiseMonitor(samples=False, directions=0, **draws),
+    ):
+        spent.update(dict.fromkeys(spent, 0))
+        fit(monitor, network(), mini_batches(24, 8), max_epochs=1)
+        points = len(monitor.history)
+        assert points == 4
+        spread = spent["products"] * GRADIENTS_PER_PRODUCT + spent["losses"] * 0.4
+        spread += spent["gradients"] * (1.3 if spent["products"] else 1.0)
+        promised = monitor.gradients_per_point(network())
+        assert spread / (8 * points) == pytest.approx(promised, rel=0.25)

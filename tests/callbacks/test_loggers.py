@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dynamics import (
     DisplacementMonitor,
+    GradientNoiseMonitor,
     HessianMonitor,
     NeuralCollapseMonitor,
     Probe,
     Spectrum,
+    StochasticSharpnessMonitor,
     read_records,
 )
 from lightning_dynamics.callbacks.ledger import COST
@@ -129,6 +131,43 @@ def test_collapse_is_one_row_per_measurement_with_its_figure_in_wandb(tmp_path, 
                 assert row["collapse/cdnv/net_2"] > 0
                 drawn[row["trainer/global_step"]] = row.get("collapse/depth/_type")
     assert drawn == {0: "image-file", 1: "image-file", 2: None, 3: "image-file", 4: "image-file"}
+
+
+def test_the_edge_of_sgd_is_one_chart_and_each_point_one_call(tmp_path):
+    """Also where a point is measured only after its step: other monitors' values of that step wait for it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    calls = []
+
+    class Watched(TensorBoardLogger):
+        def log_metrics(self, metrics, step=None):
+            if any(key.startswith("dynamics/") for key in metrics):
+                calls.append((step, set(metrics)))
+            super().log_metrics(metrics, step)
+
+    monitors = [
+        HessianMonitor(1, 0, every_n_train_steps=1, pair=False, spectrum=False),
+        StochasticSharpnessMonitor(
+            every_n_train_steps=1, eigenvalues_every_n_train_steps=1, solved=2, probe=Probe(draws=4)
+        ),
+        GradientNoiseMonitor(every_n_train_steps=1, detail_every_n_train_steps=1, directions=1, probe=Probe(draws=4)),
+    ]
+    trained(Watched(tmp_path, name="", version="run"), monitors=monitors)
+    steps = [step for step, _ in calls]
+    assert steps == sorted(set(steps))
+    for _, keys in calls:
+        assert {"hessian/top_1", "sharpness/batch_sharpness", "noise/trace", "dynamics/overhead"} <= keys
+    events = EventAccumulator(str(tmp_path / "run"), {"tensors": 0, "scalars": 0}).Reload()
+    (layout,) = events.Tensors("custom_scalars__config__")
+    parsed = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
+    charts = {(c.title, chart.title): list(chart.multiline.tag) for c in parsed.category for chart in c.chart}
+    curves = ["batch_sharpness", "minibatch_top_1", "top_1", "stability_threshold", "small_batch_level"]
+    drawn = charts["Stochastic sharpness", "Sharpness of mini-batches"]
+    assert drawn == [f"^sharpness/{key}$" for key in curves]
+    assert charts["Gradient noise", "Noise"] == ["^noise/trace$", "^noise/squared_gradient_norm$"]
+    tags = events.Tags()["scalars"]
+    assert {"sharpness/batch_sharpness", "sharpness/minibatch_top_1", "sharpness/top_1"} <= set(tags)
 
 
 def test_the_default_monitors_stay_within_what_a_dashboard_can_show():

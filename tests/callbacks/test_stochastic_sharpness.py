@@ -178,8 +178,8 @@ def test_batches_of_the_whole_set_agree_in_everything_but_the_sharpness():
 def test_the_gap_falls_with_the_batch_size():
     gaps = []
     for batch_size in (2, 6, 12):
-        subject = monitor(every=4, detail=4, probe=Probe(draws=32, batch_size=batch_size))
-        subject.solved = 32
+        subject = monitor(every=4, detail=4, probe=Probe(draws=16, batch_size=batch_size))
+        subject.solved = 16
         fit(subject, network(lr=1e-4), mini_batches(24, 6), max_epochs=1)
         gaps.append(value(subject.history[0], "gap"))
     assert gaps[0] > gaps[1] > gaps[2] > 0
@@ -401,7 +401,7 @@ def test_draws_are_fixed_by_the_seed_and_independent_of_each_other():
 def test_a_resumed_run_has_the_curves_of_the_run_that_was_not_interrupted(tmp_path):
     def run(folder, epochs, ckpt_path=None):
         subject = monitor(every=1, detail=2, window=4)
-        keep = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1)
+        keep = ModelCheckpoint(folder, every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
         data = mini_batches(24, 6)
         module = network(lambda p: SGD(p, 0.05, momentum=0.5))
         fit(
@@ -501,3 +501,42 @@ def test_stated_errors_cover_the_truth_over_all_batches():
     for key in truth:
         assert counts[key] >= 100
         assert hits[key] / counts[key] >= 0.89, key
+
+
+def test_each_mini_batch_counts_once_whatever_it_weighs():
+    """A weight is for the pieces of a mini-batch; training takes a step for each mini-batch."""
+    data, weights = mini_batches(24, 6), Weights()
+    subject = monitor(every=4, detail=None, weight_fn=lambda batch: float(batch[0].abs().sum()))
+    noise = GradientNoiseMonitor(
+        every_n_train_steps=4, samples=False, directions=0, probe=Probe(draws=8), weight_fn=subject.options.weight_fn
+    )
+    module = network()
+    fit([weights, subject, noise], module, data, max_epochs=1)
+    g, _, table = columns(with_weights(module, weights.at[0]), drawn_batches(data, 8, 6))
+    assert value(subject.history[0], "batch_sharpness") == pytest.approx(batch_sharpness(table).value, rel=1e-3)
+    assert noise.history[0].scalars["noise/trace"] == pytest.approx(float(g.var(0).sum()), rel=1e-3)
+
+
+def test_skipped_mini_batches_are_left_out_with_their_partners():
+    """What is left has a mean of its own."""
+
+    class Skips(Regression):
+        def training_step(self, batch, batch_idx):
+            return None if float(batch[0].sum()) < -6.0 else super().training_step(batch, batch_idx)
+
+    data, weights = mini_batches(24, 6), Weights()
+    subject = monitor(every=4, detail=None, draws=16)
+    noise = GradientNoiseMonitor(
+        every_n_train_steps=4, samples=False, directions=0, probe=Probe(draws=16), engine="rebuilt"
+    )
+    torch.manual_seed(1)
+    module = Skips(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), lr=1e-3)
+    fit([weights, subject, noise], module, data, max_epochs=1)
+    batches = drawn_batches(data, 16, 6)
+    pairs = list(zip(batches[::2], batches[1::2], strict=True))
+    read = [batch for pair in pairs if all(float(x.sum()) >= -6.0 for x, _ in pair) for batch in pair]
+    assert 4 <= len(read) < 16
+    g, _, table = columns(with_weights(module, weights.at[0]), read)
+    assert subject.history[0].notes["mini_batches"] == len(read)
+    assert value(subject.history[0], "batch_sharpness") == pytest.approx(batch_sharpness(table).value, rel=1e-3)
+    assert noise.history[0].scalars["noise/trace"] == pytest.approx(float(g.var(0).sum()), rel=1e-3)
