@@ -11,6 +11,8 @@ from lightning_dynamics.callbacks.collapse_table import collapse_table
 from lightning_dynamics.callbacks.displacement_table import displacement_table
 from lightning_dynamics.callbacks.hessian_table import hessian_table
 from lightning_dynamics.callbacks.ledger import COST
+from lightning_dynamics.callbacks.noise_table import noise_table
+from lightning_dynamics.callbacks.sharpness_table import sharpness_table
 
 project = "lightning_dynamics"
 author = "The lightning_dynamics developers"
@@ -34,6 +36,8 @@ TABLES = {
     "hessian": hessian_table(3, 1),
     "collapse": collapse_table(None, False),
     "displacement": displacement_table(None, True, True, ["top_1"]),
+    "sharpness": sharpness_table(),
+    "noise": noise_table(1),
     "dynamics": COST,
 }
 

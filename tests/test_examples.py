@@ -353,3 +353,23 @@ def test_reshuffled_batches_leave_a_saddle_first_where_the_noise_is_across(tmp_p
     injected, replaced = table[0.0]["noise"], table[0.0]["WR"]
     assert abs(injected.mean - replaced.mean) < 4 * math.hypot(injected.error, replaced.error)
     assert (tmp_path / "saddle.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_sharpness_is_the_lower_the_smaller_the_batch_and_no_run_is_lost_unseen(tmp_path, capsys, monkeypatch):
+    example = load("stochastic_sharpness")
+    monkeypatch.setattr(example, "LARGE", [(64, 0.5), (8, 0.5), (8, 5.0)])
+    runs = example.main(["--steps", "240", "--draws", "16", "--tries", "2", "--folder", str(tmp_path)])
+    large, small = runs  # with η = 5 all diverge
+    assert "b = 8, η = 5: 2 of 2 seeds diverged" in capsys.readouterr().out
+    for run in runs:
+        late = {name: run.late(key) for name, key in example.COLUMNS.items()}
+        assert late["λmax, all"][0] <= late["λmax, draws"][0] + 0.1 <= late["MiniBS"][0] + 0.1
+        assert late["Batch Sharp."][0] < late["MiniBS"][0]
+        assert 0 < late["Batch Sharp."][1] < 0.15
+        assert 0.4 < late["Batch Sharp."][0] < 1.1
+        version = tmp_path / "stochastic_sharpness" / f"b{run.batch_size}_lr{run.lr:g}_seed0" / "version_0"
+        assert read_records(version)[-1].step == 240
+    assert small.late("hessian/edge_ratio")[0] < large.late("hessian/edge_ratio")[0]
+    assert small.late("noise/signal_to_noise")[0] < large.late("noise/signal_to_noise")[0]
+    assert (tmp_path / "stochastic_sharpness" / "stochastic_sharpness.png").stat().st_size > 10_000
