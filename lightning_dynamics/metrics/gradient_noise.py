@@ -285,8 +285,8 @@ def tail_index(values: Tensor, share: float = _TAIL) -> Estimate:
     With the k = ⌈share · n⌉ largest values it is (k - 1)/Σ ln(X₍ᵢ₎/X₍ₖ₊₁₎), and its error α/√(k - 2). Both are exact
     where the tail is a power beyond X₍ₖ₊₁₎. Elsewhere α says how fast the tail falls at that quantile, and nothing of
     a power: for tails that fall faster (normal, exponential) it grows without bound as ``share`` falls, and where a
-    power is only approached, x^-α·(1 + c·x^-τ), it is off by a part of the order of that share to the power of τ/α. A moment of the
-    norm is finite only for orders below α.
+    power is only approached, x^-α·(1 + c·x^-τ), it is off by a part of the order of that share to the power of τ/α. A
+    moment of the norm is finite only for orders below α.
 
     Source: Hill (1975); without bias for exact powers.
 
