@@ -84,7 +84,7 @@ def lightning_objective(
     """
     step = _Step(trainer, module, options, circumstances)
     how = step.arguments(items)
-    how["weights"] = [_weight(item, options.weight_fn) for item in items]
+    how["weights"] = [1.0 if circumstances.is_step else _weight(item, options.weight_fn) for item in items]
     objective = Objective(
         module,
         step,

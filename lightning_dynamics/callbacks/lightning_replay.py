@@ -75,6 +75,7 @@ class Circumstances:
         least: The precision to compute in at least, whatever the options say; None for what they say.
         epoch: What the step shall take for the current epoch, None for what the Trainer says.
         pieces: Consecutive batches that make one mini-batch.
+        is_step: Whether the batches are those of one step, which Lightning accumulates with equal weights.
     """
 
     values: Mapping[str, Tensor] | None = None
@@ -82,6 +83,7 @@ class Circumstances:
     least: torch.dtype | None = None
     epoch: int | None = None
     pieces: int = 1
+    is_step: bool = False
 
 
 class ModuleRun:

@@ -284,7 +284,7 @@ class Measurements:
         first = self._monitors[chosen[0][0]]
 
         def prepare() -> tuple[Replay, list[Task]]:
-            circumstances = Circumstances(values=saved.values, clones=self._clones, epoch=when.epoch)
+            circumstances = Circumstances(values=saved.values, clones=self._clones, epoch=when.epoch, is_step=True)
             replay = first.replay(self._trainer, self._module, [items], circumstances, [])
             return replay, [self._task(when, i, saved.roles[i], saved, of_step=True) for i, _ in chosen]
 
