@@ -296,6 +296,7 @@ def test_the_data_of_the_regression_have_the_hessian_and_the_minimum_that_were_a
     assert data.gradient_noise().tolist() == pytest.approx(gradients.square().mean(0).tolist(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_of_the_digits_network_diffuse_beside_their_nulls(diffusion, tmp_path, capsys):
     detected, late = diffusion.main(["--steps", "1200", "--folder", str(tmp_path)])
     last = diffusion.fitted(detected)[-1]

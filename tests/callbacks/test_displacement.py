@@ -510,7 +510,7 @@ def test_positions_are_those_along_the_eigenvectors_of_the_hessian():
         assert torch.allclose(p[1:], q.diff() / 0.05, atol=1e-6 * float(p.abs().max()))
 
 
-@pytest.mark.parametrize("order", ["reshuffled", "with_replacement"])
+@pytest.mark.parametrize("order", ["reshuffled", pytest.param("with_replacement", marks=pytest.mark.slow)])
 def test_a_quadratic_loss_keeps_to_the_theory_of_its_order(order):
     data = bowl(160)
     sampler = RandomSampler(data, replacement=order == "with_replacement", generator=torch.Generator().manual_seed(3))

@@ -202,14 +202,25 @@ CONFIGURATIONS = {
     "persistent workers": {"workers": -2},
     "bf16-mixed": {"precision": "bf16-mixed"},
     "iterable data": {"data": "stream"},
-    "validation": {"validate": True, "max_epochs": 4},
+    "validation": {"validate": True, "max_epochs": 3},
 }
+
+
+NEARLY_THE_SAME = ("clipping by value", "persistent workers")
+"""Dear, and with another like it among the configurations."""
 
 
 @pytest.mark.parametrize(
     ("name", "module"),
-    [(name, NastyModule) for name in CONFIGURATIONS]
-    + [(name, ConvModule) for name in ("plain", "accumulation and clipping", "validation")],
+    [
+        *((name, NastyModule) for name in CONFIGURATIONS if name not in NEARLY_THE_SAME),
+        *(pytest.param(name, NastyModule, marks=pytest.mark.slow) for name in NEARLY_THE_SAME),
+        ("plain", ConvModule),
+        *(
+            pytest.param(name, ConvModule, marks=pytest.mark.slow)
+            for name in ("accumulation and clipping", "validation")
+        ),
+    ],
 )
 def test_a_run_with_all_monitors_is_the_run_without(tmp_path, name, module):
     options = dict(CONFIGURATIONS[name])
@@ -435,7 +446,18 @@ if hasattr(lightning_callbacks, "WeightAveraging"):  # from Lightning 2.6 on
     )
 
 
-@pytest.mark.parametrize("name", FURTHER)
+ALSO_NEARLY_THE_SAME = (
+    "two optimizers and a function",
+    "16-mixed in its own precision",
+    "stochastic weight averaging first",
+    "moving average of the weights",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ALSO_NEARLY_THE_SAME)) for name in FURTHER],
+)
 # dynamo looks at whatever a hook sees
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
 def test_a_run_of_another_kind_with_all_monitors_is_the_run_without(tmp_path, name):
