@@ -30,6 +30,7 @@ __all__ = [
     "parts",
     "ready_batch",
     "scheduler_configs_with",
+    "step_trackers",
     "training_loaders",
     "transforming_datamodule",
     "validation_loaders",
@@ -43,6 +44,9 @@ OPTIMIZERS = ("_optimizers", "_lightning_optimizers")
 
 EPOCH = ("processed", "completed")
 """Attributes of :func:`epoch_tracker`."""
+
+STEPS = "completed"
+"""Attribute of :func:`step_trackers`."""
 
 DTYPE = "_dtype"
 """Attribute of a LightningModule that holds what it answers to ``self.dtype``."""
@@ -127,6 +131,14 @@ def only_collects_statistics(trainer: Trainer) -> bool:
 def epoch_tracker(trainer: Trainer) -> object:
     """The object with the attribute that the Trainer calls its current epoch: one of :data:`EPOCH`, by version."""
     return trainer.fit_loop.epoch_progress.current
+
+
+def step_trackers(trainer: Trainer, step: int) -> list[tuple[object, int]]:
+    """Where the Trainer counts optimizer steps, with the count at which its global step is ``step``."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        return [(loop.automatic_optimization.optim_progress.optimizer.step.total, step)]
+    return [(loop.manual_optimization.optim_step_progress.total, step)]
 
 
 def expose_metrics(trainer: Trainer, values: Mapping[str, float]) -> None:

@@ -21,6 +21,9 @@ class Looks(pl.Callback):
         self.seen = {
             "curve_step": _compat.curve_step(trainer),
             "ends_step": _compat.ends_step(trainer),
+            "step_trackers": [
+                (getattr(tracker, _compat.STEPS), steps) for tracker, steps in _compat.step_trackers(trainer, 4)
+            ],
             "batch_number": _compat.batch_number(trainer),
             "epoch_tracker": [getattr(_compat.epoch_tracker(trainer), name) for name in _compat.EPOCH],
             "callbacks": _compat.callbacks(trainer),
@@ -78,6 +81,7 @@ def test_every_private_name_does_what_is_said_of_it():
     assert seen["curve_step"] == 4
     assert seen["batch_number"] == 1
     assert seen["ends_step"]
+    assert seen["step_trackers"] == [(4, 4)]
     assert seen["epoch_tracker"] == [1, 1]
     assert looks in seen["callbacks"]
     assert seen["is_trial"] is False

@@ -55,7 +55,7 @@ class DynamicsMonitor(Callback, Generic[Subject]):
     """What it does at every step, if anything."""
 
     awaits_step = False
-    """Whether a point is measured once the step from it has been taken, at the weights that it was taken from."""
+    """Whether a point is completed once the step from it has been taken, see :meth:`measure_update`."""
 
     detail_name = "in detail"
     """What is measured in detail, in words."""
@@ -186,8 +186,12 @@ class DynamicsMonitor(Callback, Generic[Subject]):
     def measure(self, point: Point[Subject]) -> Measured:
         """Measure at a point. Runs on rank zero; whatever it asks of the subject is computed by all ranks."""
 
+    def measure_update(self, point: Point[Subject]) -> Measured:
+        """Measure what the step did, where :attr:`awaits_step`: at the weights before it; as :meth:`measure`."""
+        return Measured({})
+
     def measure_step(self, point: Point[Subject]) -> Measured:
-        """Measure on the batch that the step was made of, where :attr:`awaits_step`; as :meth:`measure`."""
+        """The same on the batch that the step was made of."""
         return Measured({})
 
     def combine(self, first: Measured, second: Measured) -> Measured:

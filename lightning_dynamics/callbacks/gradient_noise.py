@@ -241,7 +241,7 @@ class GradientNoiseMonitor(MiniBatchMonitor):
             survey["dots_mean"],
             inner(survey.mean, survey.mean),
             data.batch_size or 1,
-            data.population,
+            None if data.replaces else data.population,
             self._along(survey, point) if point.in_detail and self.directions else None,
         )
         self._enter(into, "trace", lambda: noise_trace(drawn))

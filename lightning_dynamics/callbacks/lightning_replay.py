@@ -74,6 +74,7 @@ class Circumstances:
         clones: Cache of large private tensors.
         least: The precision to compute in at least, whatever the options say; None for what they say.
         epoch: What the step shall take for the current epoch, None for what the Trainer says.
+        global_step: The same of its global step.
         pieces: Consecutive batches that make one mini-batch.
         is_step: Whether the batches are those of one step, which Lightning accumulates with equal weights.
     """
@@ -82,6 +83,7 @@ class Circumstances:
     clones: Clones | None = None
     least: torch.dtype | None = None
     epoch: int | None = None
+    global_step: int | None = None
     pieces: int = 1
     is_step: bool = False
 
@@ -171,6 +173,9 @@ class ModuleRun:
         epoch = self._circumstances.epoch
         if epoch is not None:
             triples += [(_compat.epoch_tracker(trainer), name, epoch) for name in _compat.EPOCH]
+        step = self._circumstances.global_step
+        if step is not None:
+            triples += [(tracker, _compat.STEPS, steps) for tracker, steps in _compat.step_trackers(trainer, step)]
         silent = ("log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
         for submodule in self._module.modules():
             if isinstance(submodule, LightningModule):

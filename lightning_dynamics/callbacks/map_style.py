@@ -106,16 +106,30 @@ class MapStyleSource:
             for (index, counts), batch in zip(shares, batches, strict=True)
         ]
 
+    @property
+    def replaces(self) -> bool:
+        """Whether training draws each sample by itself, so that one may come twice in a batch."""
+        return bool(getattr(_sampler_of(self.loader), "replacement", False))
+
     def draw(self, count: int, batch_size: int, seed: int) -> list[int]:
-        """Samples of mini-batches drawn independently of each other, without repetition within each, one by one."""
-        if batch_size > len(self.members):
-            raise ValueError(f"a batch of {batch_size} samples cannot be drawn from {len(self.members)}")
+        """Samples of mini-batches drawn independently of each other, each as training draws its own."""
+        population = len(self.members)
+        if batch_size > population and not self.replaces:
+            raise ValueError(f"a batch of {batch_size} samples cannot be drawn from {population}")
         drawn: list[int] = []
         for number in range(count):
-            generator = torch.Generator().manual_seed(stream_seed(seed, len(self.members), number))
-            order = torch.randperm(len(self.members), generator=generator)[:batch_size].tolist()
+            generator = torch.Generator().manual_seed(stream_seed(seed, population, number))
+            if self.replaces:
+                order = torch.randint(population, (batch_size,), generator=generator).tolist()
+            else:
+                order = torch.randperm(population, generator=generator)[:batch_size].tolist()
             drawn += [self.members[i] for i in order]
         return drawn
+
+    def size_of_step(self, batches: int) -> int:
+        """Samples in this many batches of the loader, of those that there are."""
+        whole = self._in_whole_batches(len(self.members))
+        return min(self.batch_size * batches, whole)
 
     def read_draws(
         self, drawn: Sequence[int], batch_size: int, seed: int, rank: int, world_size: int
@@ -169,10 +183,7 @@ class MapStyleSource:
 
 def _members(loader: DataLoader[Any], num_batches: float) -> Sequence[int] | str:
     """Which samples of its data set a loader draws uniformly, or why that cannot be known."""
-    sampler: Any = loader.sampler
-    inner = getattr(getattr(sampler, "dataset", None), "_sampler", None)
-    if inner is not None:  # Lightning's distributed wrapper around a sampler of the user's
-        sampler = inner
+    sampler = _sampler_of(loader)
     if type(sampler) is SubsetRandomSampler:
         return [int(i) for i in sampler.indices]
     uniform = type(sampler) in (SequentialSampler, RandomSampler) or isinstance(sampler, DistributedSampler)
@@ -181,6 +192,11 @@ def _members(loader: DataLoader[Any], num_batches: float) -> Sequence[int] | str
     shuffles = type(sampler) is RandomSampler or getattr(sampler, "shuffle", False)
     trained_on = len(loader.dataset) if shuffles else num_batches * (loader.batch_size or 1)
     return range(int(min(len(loader.dataset), trained_on)))
+
+
+def _sampler_of(loader: DataLoader[Any]) -> Any:
+    """A loader's sampler, without Lightning's distributed wrapper around one of the user's."""
+    return getattr(getattr(loader.sampler, "dataset", None), "_sampler", None) or loader.sampler
 
 
 def _a(thing: object) -> str:

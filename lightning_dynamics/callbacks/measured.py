@@ -42,7 +42,13 @@ class Measured:
             {**self.scalars, **more.scalars},
             {**self.errors, **more.errors},
             {**self.arrays, **more.arrays},
-            {**self.notes, **more.notes},
+            {
+                **self.notes,
+                **{
+                    name: {**self.notes.get(name, {}), **note} if isinstance(note, dict) else note
+                    for name, note in more.notes.items()
+                },
+            },
         )
 
     def to_state(self) -> dict[str, Any]:
@@ -186,7 +192,7 @@ class Role:
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """A step whose measurement has to wait: until the probe is complete, or until the step has been taken.
+    """A step whose measurement has to wait until the probe is complete, or until the step has been taken.
 
     Attributes:
         when: The step.
@@ -195,6 +201,7 @@ class SavedWeights:
         optimization: How training optimized.
         roles: What the step is to each monitor that waits, by position.
         taken: The step that was taken from there, once it has been.
+        results: What was measured before the step was taken, by position, and how long that took.
     """
 
     when: When
@@ -203,3 +210,4 @@ class SavedWeights:
     optimization: Optimization
     roles: dict[int, Role]
     taken: Taken | None = None
+    results: dict[int, tuple[Any, float]] = field(default_factory=dict)

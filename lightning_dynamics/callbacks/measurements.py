@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -25,6 +25,7 @@ from lightning_dynamics.callbacks.probes import Probes
 from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.metrics import StabilityRule, stability_rule
 from lightning_dynamics.objective.copies import private_copy
+from lightning_dynamics.objective.curvature import NO_LOSS
 from lightning_dynamics.objective.randomness import stream_seed
 from lightning_dynamics.objective.replay import Replay, batch_length
 from lightning_dynamics.objective.sandbox import Clones
@@ -65,6 +66,7 @@ class Measurements:
         self._clones: Clones = {}
         self._saved: list[SavedWeights] = []
         self._open: SavedWeights | None = None
+        self._is_passing = False
         self._checked: set[tuple[Any, ...]] = set()
 
     def check(self, batch: Any) -> None:
@@ -82,6 +84,9 @@ class Measurements:
             if pieces is not None:  # a pair of mini-batches
                 some[0] = items[0][: 2 * pieces]
             result, shared = self._preflight(monitor, some)
+            if isinstance(result, Failure) and result.reason.startswith(NO_LOSS) and some != items:
+                # the step skips some batches
+                result, shared = self._preflight(monitor, items)
             if isinstance(result, Failure) and result.is_asymmetry and not shared and options.precision != "same":
                 # in single precision that may be rounding, after good training: ask in double precision
                 again, _ = self._preflight(monitor, some, torch.float64)
@@ -145,12 +150,13 @@ class Measurements:
             saved = self._copied(when, later, len(self._saved))
             self._saved += [] if saved is None else [saved]
         ready = {i: r for i, r in roles.items() if i not in later}
-        after = {} if when.final else {i: r for i, r in ready.items() if self._awaits_step(i, ready)}
+        after = {} if when.final else {i: r for i, r in ready.items() if self._monitors[i].awaits_step}
         if after:
             self._open = self._copied(when, after)
-        now = {i: r for i, r in ready.items() if i not in after}
-        if now:
-            self._measure(when, now, batch, None)
+            if self._open is None:  # said already
+                ready = {i: r for i, r in ready.items() if i not in after}
+        if ready:
+            self._measure(when, ready, batch, None)
 
     @property
     def is_open(self) -> bool:
@@ -161,27 +167,41 @@ class Measurements:
         """Note a batch of the step that a point awaits."""
         if self._open is None or self._open.taken is None or self._open.taken.items is None:
             return
+        if self._is_passing:  # the one before was left out by a hook
+            self._open.taken.items.pop()
+        self._is_passing = True
         try:
             self._open.taken.items.append(self._current(batch))
         except Exception:  # a batch that cannot be copied: nothing is known of the step's own loss
             self._open = replace(self._open, taken=replace(self._open.taken, items=None))
 
+    def has_passed(self) -> None:
+        """The batch at hand has been used."""
+        self._is_passing = False
+
     def step_taken(self) -> None:
-        """Measure the point that awaited the step, at the weights that it was taken from."""
+        """Complete the point that awaited the step, at the weights that it was taken from."""
         saved, self._open = self._open, None
         if saved is None or saved.taken is None:
             return
         items = saved.taken.items
         is_known = min(self._ranks.gather(len(items or []))) > 0
         taken = Taken(dict(self._module.named_parameters()), items if is_known else None)
-        self._measure(saved.when, saved.roles, None, replace(saved, taken=taken))
+        saved = replace(saved, taken=taken)
+        for members in self._by_objective({i: saved.roles[i] for i in saved.results}):
+            started = time.monotonic()
+            results = [saved.results[i][0] for i in members]
+            results = self._with_step(members, results, saved)
+            seconds = (time.monotonic() - started) / len(members)
+            for i, result in zip(members, results, strict=True):
+                self._ledger.take(self._monitors[i], saved.when, saved.roles[i], result, saved.results[i][1] + seconds)
 
-    def _awaits_step(self, index: int, roles: Mapping[int, Role]) -> bool:
-        """Whether a monitor, or one that it is measured with, awaits the step."""
-        if not self._monitors[index].measures_on_data(roles[index].in_detail):
-            return False
-        key = _key(self._monitors[index])
-        return any(self._monitors[i].awaits_step and _key(self._monitors[i]) == key for i in roles)
+    def settle(self) -> None:
+        """The step does not come: what was measured before it stands alone."""
+        saved, self._open = self._open, None
+        if saved is not None:
+            for i, (result, seconds) in saved.results.items():
+                self._ledger.take(self._monitors[i], saved.when, saved.roles[i], result, seconds)
 
     def _waits(self, index: int, role: Role) -> bool:
         """Whether a monitor's data are not there yet."""
@@ -230,11 +250,13 @@ class Measurements:
             started = time.monotonic()
             outcome = self._outcome(when, members, roles, batch, saved)
             results = self._audited(when, members, outcome, batch, saved)
-            if saved is not None and saved.taken is not None:
-                results = self._with_step(when, members, results, saved, saved.taken)
             seconds = (time.monotonic() - started) / len(members)
+            awaiting = {} if self._open is None or self._open.when != when else self._open.roles
             for i, result in zip(members, results, strict=True):
-                self._ledger.take(self._monitors[i], when, roles[i], result, seconds)
+                if i in awaiting and self._open is not None and isinstance(result, Measured):
+                    self._open.results[i] = (result, seconds)
+                else:
+                    self._ledger.take(self._monitors[i], when, roles[i], result, seconds)
 
     def _without_data(self, when: When, index: int, role: Role) -> Any:
         """A result of weights alone: every rank has them, rank zero's counts."""
@@ -269,28 +291,30 @@ class Measurements:
         self._name_shared(first, outcome)
         return outcome
 
-    def _with_step(
-        self, when: When, members: list[int], results: list[Any], saved: SavedWeights, taken: Taken
-    ) -> list[Any]:
-        """The results, with what the batch says that the step was made of."""
-        items = taken.items
-        chosen = [
-            (i, result)
-            for i, result in zip(members, results, strict=True)
-            if isinstance(result, Measured) and self._monitors[i].awaits_step
-        ]
-        if not chosen or items is None:
-            return results
-        first = self._monitors[chosen[0][0]]
+    def _with_step(self, members: list[int], results: list[Any], saved: SavedWeights) -> list[Any]:
+        """The results, with what the step did, on the probe and on the batch that it was made of."""
+        first, taken = self._monitors[members[0]], saved.taken
+        assert taken is not None
+        for of_step, items in ((False, self._current_items(first, None)), (True, [taken.items])):
+            if items[0] is None:
+                continue
 
-        def prepare() -> tuple[Replay, list[Task]]:
-            circumstances = Circumstances(values=saved.values, clones=self._clones, epoch=when.epoch, is_step=True)
-            replay = first.replay(self._trainer, self._module, [items], circumstances, [])
-            return replay, [self._task(when, i, saved.roles[i], saved, of_step=True) for i, _ in chosen]
+            def prepare(of_step: bool = of_step, items: Sequence[Any] = tuple(items)) -> tuple[Replay, list[Task]]:
+                circumstances = Circumstances(
+                    values=saved.values,
+                    clones=self._clones,
+                    epoch=saved.when.epoch,
+                    global_step=saved.when.global_step,
+                    pieces=1 if of_step else self._probes.of(first).pieces or 1,
+                    is_step=of_step,
+                )
+                replay = first.replay(self._trainer, self._module, items, circumstances, [])
+                kind: Literal["update", "step"] = "step" if of_step else "update"
+                return replay, [self._task(saved.when, i, saved.roles[i], saved, kind=kind) for i in members]
 
-        outcome = measure_jointly(prepare, len(chosen), self._ranks, first.part)
-        more = dict(zip((i for i, _ in chosen), outcome.results, strict=True))
-        return [result.with_more(more[i]) if i in more else result for i, result in zip(members, results, strict=True)]
+            outcome = measure_jointly(prepare, len(members), self._ranks, first.part)
+            results = [result.with_more(more) for result, more in zip(results, outcome.results, strict=True)]
+        return results
 
     def _audited(
         self, when: When, members: list[int], measured: Outcome, batch: Any, saved: SavedWeights | None
@@ -367,7 +391,7 @@ class Measurements:
         role: Role,
         saved: SavedWeights | None,
         shared: _Shared | None = None,
-        of_step: bool = False,
+        kind: Literal["point", "update", "step"] = "point",
     ) -> Task:
         monitor = self._monitors[index]
         state = self._ledger.states[monitor.label]
@@ -397,8 +421,8 @@ class Measurements:
                 together=() if shared is None else shared.members,
                 found={} if shared is None else shared.found,
             )
-            if of_step:
-                return monitor.measure_step(point)
+            if kind != "point":
+                return monitor.measure_step(point) if kind == "step" else monitor.measure_update(point)
             measured = monitor.measure(point)
             measured.notes.setdefault("probe", data.describe())
             return measured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -43,22 +44,30 @@ class MiniBatchMonitor(CurvatureMonitor):
             for member in point.together or [Member(self, point.in_detail, point.memory)]:
                 if isinstance(member.monitor, MiniBatchMonitor):
                     wanted |= member.monitor.wants(replace(point, memory=member.memory), member.in_detail)
-            data = point.data
-            assert data is not None
-            assert data.draws is not None
-            # training takes a step for each mini-batch, whatever it weighs
-            differ = self.options.weight_fn is not None or data.population is None
-            mean = mean_gradient(point.subject) if differ else point.subject.gradient
-            survey = Survey(wanted, mean, data.draws, data.batch_size)
-            point.subject.survey(survey)
-            if len(survey) != data.draws and not differ:  # some were skipped by the step
-                survey = Survey(wanted, mean_gradient(point.subject), data.draws, data.batch_size)
-                point.subject.survey(survey)
-            point.found[_SURVEY] = survey
+            point.found[_SURVEY] = self.read(point, wanted)
         found: Survey = point.found[_SURVEY]
-        if len(found) < 4:
-            raise FloatingPointError(f"only {len(found)} of the drawn mini-batches gave a loss")
         return found
+
+    def read(self, point: Point[HessianOperator], wanted: Wanted) -> Survey:
+        """Read all mini-batches.
+
+        Raises:
+            FloatingPointError: If fewer than two pairs of mini-batches could be read.
+        """
+        data = point.data
+        assert data is not None
+        assert data.draws is not None
+        # training takes a step for each mini-batch, whatever it weighs
+        differ = self.options.weight_fn is not None or data.population is None
+        mean = mean_gradient(point.subject) if differ else point.subject.gradient
+        survey = Survey(wanted, mean, data.draws, data.batch_size)
+        point.subject.survey(survey)
+        if len(survey) != data.draws and not differ:  # some were skipped by the step
+            survey = Survey(wanted, mean_gradient(point.subject), data.draws, data.batch_size)
+            point.subject.survey(survey)
+        if len(survey) < 4:
+            raise FloatingPointError(f"only {len(survey)} of the drawn mini-batches gave a loss")
+        return survey
 
     def leading(
         self, point: Point[HessianOperator], top: int, bottom: int, tolerance: float = 1e-3
@@ -100,6 +109,9 @@ class MiniBatchMonitor(CurvatureMonitor):
             found = value if isinstance(value, Estimate) else value()
         except UnresolvedGradientError as error:
             into.notes.setdefault("unresolved", {})[name] = str(error)
+            return None
+        if not math.isfinite(found.value):
+            into.notes.setdefault("unresolved", {})[name] = "too large a number"
             return None
         into.scalars[self._key(name)] = found.value
         if found.error is not None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import SGD
-from torch.utils.data import DistributedSampler, RandomSampler
+from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler
 
 from lightning_dynamics import _compat
 from lightning_dynamics.metrics import HeavyBall
@@ -106,6 +107,8 @@ def sampling_order(trainer: Trainer) -> tuple[Order | None, int | None]:
         return None, batches
     if isinstance(sampler, DistributedSampler):
         return ("reshuffled", batches) if sampler.shuffle and batches > 1 else (None, batches)
+    if type(sampler) is SubsetRandomSampler:
+        return ("reshuffled", batches) if batches > 1 else (None, batches)
     if type(sampler) is not RandomSampler:
         return None, batches
     if sampler.replacement:
@@ -113,3 +116,13 @@ def sampling_order(trainer: Trainer) -> tuple[Order | None, int | None]:
     if sampler.num_samples != len(sampler.data_source):
         return None, batches
     return ("reshuffled", batches) if batches > 1 else (None, batches)
+
+
+def accumulated_batches(trainer: Trainer) -> int:
+    """Batches of each rank that make one step, as training begins."""
+    if not trainer.lightning_module.automatic_optimization:
+        return 1
+    for callback in _compat.callbacks(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):  # it acts when an epoch starts
+            return int(callback.get_accumulate_grad_batches(trainer.current_epoch))
+    return trainer.accumulate_grad_batches

@@ -114,6 +114,7 @@ class ProbeData:
         pieces: Consecutive batches that make one drawn mini-batch, None where nothing is drawn.
         draws: Number of drawn mini-batches, over all ranks.
         batch_size: Samples of each, None if that is not known.
+        replaces: Whether a sample may come twice in one, as in training.
         kept: What a checkpoint needs to have the same data again.
     """
 
@@ -126,6 +127,7 @@ class ProbeData:
     pieces: int | None = None
     draws: int | None = None
     batch_size: int | None = None
+    replaces: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -215,7 +217,7 @@ def read_probe(
     own_size = None if probe.draws is not None else probe.batch_size
     source = MapStyleSource.of(loaders, own_size, num_batches * world_size, probe.split)
     if probe.draws is not None:
-        return _read_draws(probe, probe.draws, source, rank, world_size, notify, kept, accumulated)
+        return _read_draws(probe, probe.draws, source, num_batches, rank, world_size, notify, kept, accumulated)
     data = f"{probe.split} set"
     if isinstance(source, str):
         reason = source
@@ -252,6 +254,7 @@ def _read_draws(
     probe: Probe,
     draws: int,
     source: MapStyleSource | str,
+    num_batches: float,
     rank: int,
     world_size: int,
     notify: Callable[[str], None],
@@ -263,10 +266,15 @@ def _read_draws(
         reason = source
     else:
         population = len(source.members)
-        batch_size = probe.batch_size or min(source.batch_size * world_size * accumulated, population)
-        if kept and "samples" in kept:
-            drawn, batch_size = list(kept["samples"]), kept["batch_size"]
-        elif batch_size > population:
+        batches = min(accumulated, num_batches) * world_size
+        batch_size = probe.batch_size or source.size_of_step(int(batches))
+        asked = {"draws": draws, "batch_size": batch_size, "seed": probe.seed}
+        before = kept.get("asked") if kept else None
+        if before is not None and kept is not None and before != asked:
+            notify(f"Other mini-batches are drawn than before the resume: {before} has become {asked}.")
+        if kept is not None and before == asked:
+            drawn = list(kept["samples"])
+        elif batch_size > population and not source.replaces:
             raise MisconfigurationException(
                 f"A mini-batch of {batch_size} samples cannot be drawn from {population}. Ask for a smaller one."
             )
@@ -285,7 +293,8 @@ def _read_draws(
                 pieces=source.pieces(batch_size),
                 draws=draws,
                 batch_size=batch_size,
-                kept={"samples": list(drawn)},
+                replaces=source.replaces,
+                kept={"samples": list(drawn), "asked": asked},
             )
     if probe.split == "validation" or probe.batch_size is not None:
         wanted = "`split='validation'`" if probe.split == "validation" else f"`batch_size={probe.batch_size}`"

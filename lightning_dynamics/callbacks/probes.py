@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from lightning_dynamics import _compat
 from lightning_dynamics.callbacks.base import DynamicsMonitor
+from lightning_dynamics.callbacks.optimization import accumulated_batches
 from lightning_dynamics.callbacks.probe import ProbeData, read_probe
 from lightning_dynamics.callbacks.probe_state import keep_batches
 from lightning_dynamics.callbacks.ranks import Ranks
@@ -136,7 +137,7 @@ def _read(
         ranks.world_size,
         lambda text: notify(f"{monitor.label}: {text}"),
         kept=_kept(monitor, number),
-        accumulated=trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1,
+        accumulated=accumulated_batches(trainer),
     )
 
 

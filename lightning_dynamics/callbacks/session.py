@@ -151,6 +151,7 @@ class Session:
         if self._pulls and batch is not None:
             self._show(trainer, batch)
             self._fit.check(batch)
+        self._fit.has_passed()
         if self._fit.is_open and _compat.ends_step(trainer):
             self._fit.step_taken()
             self._flush(_compat.curve_step(trainer))
@@ -193,6 +194,7 @@ class Session:
     def close(self, trainer: Trainer) -> None:
         """The fit is over, one way or another."""
         if self._measurements is not None and self._measurements.is_open and self.journal is not None:
+            self._measurements.settle()
             self._flush(_compat.curve_step(trainer))
         self._measurements = None
         for monitor in self.monitors:

@@ -59,8 +59,8 @@ class StochasticSharpnessMonitor(MiniBatchMonitor):
     over mini-batches. That is an observation, not a theorem: on a quadratic loss it does not decide over stability.
 
     Mini-batches are drawn for the purpose, at the size that training has, independently of each other and of training:
-    see ``draws`` of :class:`Probe`. Each point is measured at the weights θ_t that a step started from, once the step
-    has been taken, so that the step really made can be judged as well.
+    see ``draws`` of :class:`Probe`. Each point is measured at the weights θ_t that a step starts from; once the step has
+    been taken, the step really made is judged as well, from these weights.
 
     Args:
         every_n_train_steps: Steps between points. By default as often as costs at most 10 % of training (shared with
@@ -103,7 +103,7 @@ class StochasticSharpnessMonitor(MiniBatchMonitor):
         degrees of freedom (M/2 - 1 for GNI, IAS and the balance).
 
     Cost:
-        A point takes one gradient, one graph and two products of each of M mini-batches, about 7 gradients of them all;
+        A point takes one gradient, one graph and one product of each of M mini-batches, twice with ``step``: 10 gradients;
         in detail about 20 more products of them all together. Memory: the graphs of two mini-batches, eight vectors of
         the size of the parameters; with ``step`` one copy of the weights during the step.
 
@@ -182,7 +182,7 @@ class StochasticSharpnessMonitor(MiniBatchMonitor):
         return [name for name in super().shown(clips) if name not in absent]
 
     def gradients_per_point(self, module: Any) -> float:
-        step = _PRODUCT + 0.4 if self.awaits_step else 0.0
+        step = 1 + 1.3 + _PRODUCT + 0.4 if self.awaits_step else 0.0
         return self.options.noise_draws * (1 + 1.3 + _PRODUCT + step)
 
     def gradients_in_detail(self, module: Any) -> float:
@@ -205,7 +205,7 @@ class StochasticSharpnessMonitor(MiniBatchMonitor):
 
     def wants(self, point: Point[HessianOperator], in_detail: bool) -> Wanted:
         hessian = point.subject
-        wanted = Wanted(curvature=True, metric=_metric(point), update=_update(point), seed=self.options.probe.seed)
+        wanted = Wanted(curvature=True, metric=_metric(point), seed=self.options.probe.seed)
         if not in_detail:
             return wanted
         found = self.leading(point, 1, 0, _TOLERANCE)
@@ -218,17 +218,21 @@ class StochasticSharpnessMonitor(MiniBatchMonitor):
         into = Measured({}, notes=self.measured_on(point))
         self._enter(into, "loss", lambda: mean_estimate(survey["loss"]))
         self._enter_batch_sharpness(survey, point, into)
-        if "slopes" in survey:
-            slopes, bends = survey["slopes"], survey["bends"]
-            if bool((slopes == 0).all()):
-                into.notes["no_update"] = "the step left the weights where they were"
-            else:
-                self._enter(into, "update_edge", lambda: update_edge(slopes, bends))
-            self._enter(into, "predicted_change", lambda: predicted_change(slopes, bends))
-            self._enter(into, "realized_change", lambda: mean_estimate(survey["after"] - survey["loss"]))
         if point.in_detail:
             self._enter_eigenvalues(survey, point, into)
             self._enter_interaction(survey, point, into)
+        return into
+
+    def measure_update(self, point: Point[HessianOperator]) -> Measured:
+        """How the mini-batches' losses change along the step: to second order, and really."""
+        survey, into = self.read(point, Wanted(update=_update(point))), Measured({})
+        slopes, bends = survey["slopes"], survey["bends"]
+        if bool((slopes == 0).all()):
+            into.notes["no_update"] = "the step left the weights where they were"
+        else:
+            self._enter(into, "update_edge", lambda: update_edge(slopes, bends))
+        self._enter(into, "predicted_change", lambda: predicted_change(slopes, bends))
+        self._enter(into, "realized_change", lambda: mean_estimate(survey["after"] - survey["loss"]))
         return into
 
     def measure_step(self, point: Point[HessianOperator]) -> Measured:

@@ -184,7 +184,7 @@ class Survey:
         try:
             norms, squares = own.sample_squares(self.mean)
         except ValueError as error:  # samples that are coupled, or batches that cannot be split
-            self.coupled = str(error)
+            self.coupled = str(error).partition(" Give `samples_of=`")[0]  # a monitor has no such option
             return {}
         values: dict[str, float | Tensor] = {
             "sample_norms": float(norms.sum()),

@@ -135,7 +135,10 @@ def ias(draws: DrawnCurvature) -> Estimate:
 
 
 def gradient_curvature(draws: DrawnCurvature) -> Estimate:
-    """gᵀHg without bias: the mean of gᵢᵀHₘgⱼ over three different draws. Groups are pairs of partners.
+    """gᵀHg without bias: from products gᵢᵀHₘgⱼ of three different draws. Groups are pairs of partners.
+
+    Of all gᵢᵀHₘgᵢ, which have to be taken out of the sums that the columns hold, only those of partners are known; they
+    stand for the others, which have the same mean.
 
     The plug-in ḡᵀH̄ḡ would be too large by about tr(H·Cov g_B)/M.
 

@@ -19,6 +19,8 @@ from lightning_dynamics.objective.mini_batch import MiniBatch, MiniBatchReader, 
 from lightning_dynamics.objective.outputs import Kind
 from lightning_dynamics.objective.parameters import Layout
 
+NO_LOSS = "No batch of the probe gave a loss"
+
 
 class Evaluation(Space, Protocol):
     """A :class:`Linearization`, or what stands for one over several processes."""
@@ -60,7 +62,7 @@ class HessianOperator(OnSpaceOf):
         super().__init__(at)
         total, gradient = at.evaluate(keep, reserve)
         if not at.weights["all"]:
-            raise ValueError("No batch of the probe gave a loss (or all weigh nothing): there is nothing to measure.")
+            raise ValueError(f"{NO_LOSS} (or all weigh nothing): there is nothing to measure.")
         if not at.reached:
             names = at.layout.names
             raise ValueError(

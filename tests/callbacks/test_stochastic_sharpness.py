@@ -326,7 +326,7 @@ def test_monitors_of_the_same_mini_batches_read_them_once(monkeypatch):
         update(self, first, second)
 
     monkeypatch.setattr(Survey, "update", counted)
-    subject = monitor(every=2, detail=2)
+    subject = monitor(every=2, detail=2, step=False)
     noise = GradientNoiseMonitor(
         every_n_train_steps=2, detail_every_n_train_steps=2, probe=Probe(draws=8), directions=2
     )
@@ -480,8 +480,9 @@ def test_a_run_that_fails_in_its_step_keeps_the_points_before_it(tmp_path):
     other = HessianMonitor(every_n_train_steps=1, pair=False, spectrum=False)
     with pytest.raises(RuntimeError, match="broken"):
         fit([subject, other], Fails(), mini_batches(24, 6), default_root_dir=tmp_path)
-    assert [record.step for record in subject.history] == [0, 1]
-    assert [record.step for record in other.history] == [0, 1, 2]
+    assert [record.step for record in subject.history] == [record.step for record in other.history] == [0, 1, 2]
+    assert "sharpness/step_edge" in subject.history[1].scalars
+    assert "sharpness/step_edge" not in subject.history[2].scalars
 
 
 @pytest.mark.slow
@@ -556,3 +557,113 @@ def test_skipped_mini_batches_are_left_out_with_their_partners():
     assert subject.history[0].notes["mini_batches"] == len(read)
     assert value(subject.history[0], "batch_sharpness") == pytest.approx(batch_sharpness(table).value, rel=1e-3)
     assert noise.history[0].scalars["noise/trace"] == pytest.approx(float(g.var(0).sum()), rel=1e-3)
+
+
+def test_a_point_is_of_the_state_before_its_step():
+    """A loss that depends on the step, and on an attribute that it advances; another monitor beside it too."""
+
+    class Anneals(Regression):
+        def training_step(self, batch, batch_idx):
+            return (1 + self.global_step) * self.loss(batch)
+
+    data, weights = mini_batches(24, 6), Weights()
+    subject = monitor(detail=None)
+    other = HessianMonitor(1, 0, every_n_train_steps=1, probe=Probe(draws=8), engine="rebuilt", pair=False)
+    torch.manual_seed(1)
+    module = Anneals(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), lr=1e-3)
+    fit([weights, subject, other], module, data, max_epochs=1)
+    batches = drawn_batches(data, 8, 6)
+    for step, (record, beside, at) in enumerate(zip(subject.history, other.history, weights.at, strict=True)):
+        _, h, table = columns(with_weights(module, at), batches)
+        scale = 1 + step
+        assert value(record, "batch_sharpness") == pytest.approx(scale * batch_sharpness(table).value, rel=1e-3)
+        top = float(torch.linalg.eigvalsh(h.mean(0))[-1])
+        assert beside.scalars["hessian/top_1"] == pytest.approx(scale * top, rel=1e-3)
+        if not record.final:
+            _, g, h = dense(with_weights(module, at), weights.batches[step][0])
+            assert value(record, "step_sharpness") == pytest.approx(scale * float(g @ h @ g / (g @ g)), rel=1e-3)
+
+
+def test_a_batch_that_a_hook_leaves_out_is_not_part_of_the_step():
+    """A batch start that is answered by -1 ends the epoch; Lightning then never says that the batch has ended."""
+    weights, subject = Weights(), monitor(detail=None)
+    module = network()
+
+    def start(batch, batch_idx):
+        return -1 if batch_idx == 2 and module.current_epoch == 0 else None
+
+    module.on_train_batch_start = start
+    fit([weights, subject], module, mini_batches(24, 6, shuffle=True), max_epochs=2)
+    assert [record.step for record in subject.history] == [0, 1, 2, 3, 4, 5, 6]
+    # the weights before step 2 were seen twice: with the batch that was left out, and with that of the step
+    batch, at = weights.batches[3][0], weights.at[3]
+    _, g, h = dense(with_weights(module, at), batch)
+    assert value(subject.history[2], "step_sharpness") == pytest.approx(float(g @ h @ g / (g @ g)), rel=1e-3)
+
+
+def test_a_resumed_run_with_other_draws_draws_them(tmp_path):
+    def run(folder, draws, epochs, ckpt_path=None):
+        subject = monitor(every=1, detail=None, draws=draws)
+        keep = ModelCheckpoint(folder, every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
+        options = {"max_epochs": epochs, "enable_checkpointing": True, "default_root_dir": folder}
+        fit([subject, keep], network(), mini_batches(24, 6), ckpt_path=ckpt_path, **options)
+        return subject
+
+    run(tmp_path / "first", 12, 1)
+    (checkpoint,) = (tmp_path / "first").glob("*.ckpt")
+    for draws in (8, 16):
+        resumed = run(tmp_path / str(draws), draws, 2, checkpoint)
+        late = [record for record in resumed.history if record.step > 4]
+        assert len(late) == 4
+        assert {record.notes["mini_batches"] for record in late} == {draws}
+
+
+def test_a_step_that_skips_the_first_draws_does_not_end_the_run():
+    data = mini_batches(24, 6)
+    first = [float(batch[0].sum()) for batch in drawn_batches(data, 16, 6)[:2]]
+
+    class Skips(Regression):
+        def training_step(self, batch, batch_idx):
+            skips = any(float(batch[0].sum()) == pytest.approx(each, rel=1e-5) for each in first)
+            return None if skips else super().training_step(batch, batch_idx)
+
+    subject = monitor(detail=None, draws=16)
+    fit(subject, Skips(lr=1e-3), data, max_epochs=1)
+    assert {record.notes["mini_batches"] for record in subject.history} == {14}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"limit_train_batches": 3, "accumulate_grad_batches": 4}, 18),
+        ({"callbacks": {0: 4}}, 24),
+        ({"callbacks": {0: 1, 2: 4}}, 6),
+    ],
+)
+def test_the_drawn_size_is_that_of_a_step(options, expected):
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    schedule = options.pop("callbacks", None) if "callbacks" in options else None
+    others = [] if schedule is None else [GradientAccumulationScheduler(schedule)]
+    subject = monitor(detail=None)
+    fit([*others, subject], network(), mini_batches(24, 6), max_epochs=1, **options)
+    assert subject.history[0].notes["probe"]["batch_size"] == expected
+
+
+def test_where_training_draws_with_replacement_so_are_mini_batches():
+    from torch.utils.data import RandomSampler
+
+    dataset = mini_batches(24, 8).dataset
+    data = DataLoader(dataset, batch_size=8, sampler=RandomSampler(dataset, replacement=True))
+    noise = GradientNoiseMonitor(
+        every_n_train_steps=3, samples=True, directions=0, detail_every_n_train_steps=3, probe=Probe(draws=256)
+    )
+    module = network(lr=1e-6)
+    fit(noise, module, data, max_epochs=1)
+    x, y = dataset.tensors
+    g = torch.stack([dense(module, [x[i : i + 1], y[i : i + 1]])[1] for i in range(24)])
+    trace = float((g - g.mean(0)).square().sum(1).mean())
+    record = noise.history[0]
+    for key, truth in (("trace", trace / 8), ("sample_trace", trace)):
+        assert abs(record.scalars[f"noise/{key}"] - truth) < 3 * record.errors[f"noise/{key}"]
+    assert record.errors["noise/trace"] < 0.1 * trace / 8  # without repetition it were less by a third
