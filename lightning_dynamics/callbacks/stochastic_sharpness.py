@@ -59,8 +59,8 @@ class StochasticSharpnessMonitor(MiniBatchMonitor):
     over mini-batches. That is an observation, not a theorem: on a quadratic loss it does not decide over stability.
 
     Mini-batches are drawn for the purpose, at the size that training has, independently of each other and of training:
-    see ``draws`` of :class:`Probe`. Each point is measured at the weights θ_t that a step starts from; once the step has
-    been taken, the step really made is judged as well, from these weights.
+    see ``draws`` of :class:`Probe`. Each point is measured at the weights θ_t that a step starts from; once the step
+    has been taken, the step really made is judged as well, from these weights.
 
     Args:
         every_n_train_steps: Steps between points. By default as often as costs at most 10 % of training (shared with
@@ -103,9 +103,9 @@ class StochasticSharpnessMonitor(MiniBatchMonitor):
         degrees of freedom (M/2 - 1 for GNI, IAS and the balance).
 
     Cost:
-        A point takes one gradient, one graph and one product of each of M mini-batches, twice with ``step``: 10 gradients;
-        in detail about 20 more products of them all together. Memory: the graphs of two mini-batches, eight vectors of
-        the size of the parameters; with ``step`` one copy of the weights during the step.
+        A point takes one gradient, one graph and one product of each of M mini-batches, twice with ``step``: about 10
+        gradients of them all; in detail about 20 more products of them all together. Memory: the graphs of two
+        mini-batches and eight vectors of the size of the parameters; with ``step`` one copy of the weights besides.
 
     Example:
         >>> from lightning_dynamics import Probe, StochasticSharpnessMonitor
