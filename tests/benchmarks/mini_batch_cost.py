@@ -54,17 +54,19 @@ def gradient(net: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -
 
 
 def point(net: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]], kind: str) -> None:
+    if kind == "sharpness":  # the step is judged after it, by itself
+        point(net, batches, "sharpness without the step")
     with hessian(Objective(net, loss, batches, engine="rebuilt")) as operator:
         step = 1e-3 * operator.gradient
         wanted = {
-            "sharpness": Wanted(curvature=True, update=step),
+            "sharpness": Wanted(update=step),
             "sharpness without the step": Wanted(curvature=True),
             "noise": Wanted(),
             "noise with samples": Wanted(samples=True),
         }.get(kind)
         if kind == "sharpness in detail":
             top = eigenpairs(operator, 1, tolerance=1e-4).top.vectors[0]
-            wanted = Wanted(curvature=True, partners=True, update=step, top=top, solved=8)
+            wanted = Wanted(curvature=True, partners=True, top=top, solved=8)
         if kind == "noise in detail":
             found = eigenpairs(operator, 3, 3)
             vectors = torch.cat([end.vectors[:3] for end in (found.top, found.bottom)])
