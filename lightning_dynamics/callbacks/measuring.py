@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_e
 
 from lightning_dynamics.callbacks.joint import RankPart
 from lightning_dynamics.callbacks.ranks import Interrupted, RankError, Ranks
-from lightning_dynamics.callbacks.signals import DeferredSignals
 from lightning_dynamics.objective.replay import Replay
+from lightning_dynamics.objective.signals import DeferredSignals
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative for '?(?:aten::)?_*(\w+?)(?:_backward)?'? is not implemented|double backward"
