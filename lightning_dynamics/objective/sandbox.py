@@ -1,4 +1,4 @@
-"""Run a module's own code and leave no trace: the only file that knows how.
+"""Run a module's own code and leave no trace.
 
 The idea is to swap, not to restore. While the sandbox is open every piece of mutable state that hangs on the module is
 replaced by a private copy; the originals are never touched, so putting the references back is exact to the bit. The
@@ -7,9 +7,7 @@ module keeps its identity, so that hooks and closures over it find the private s
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,31 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_dynamics.objective.copies import IMMUTABLE, PrivateTensors, clone, equal, wider
+from lightning_dynamics.objective.attributes import all_modules, private_attribute
+from lightning_dynamics.objective.copies import PrivateTensors, clone, equal, wider
 
-# Copied shallowly: containers that the module machinery reads, whose contents (hooks, names) are shared.
-_REGISTRIES = frozenset(
-    {
-        "_modules",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "_forward_hooks",
-        "_forward_hooks_always_called",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_load_state_dict_post_hooks",
-        "_load_state_dict_pre_hooks",
-        "_non_persistent_buffers_set",
-        "_state_dict_hooks",
-        "_state_dict_pre_hooks",
-    }
-)
-_REBUILT = frozenset({"_parameters", "_buffers", "_hparams_initial"})
-_DATA = (Dataset, DataLoader, Sampler)
-_CONTAINERS = (list, tuple, dict, deque)
 _LARGE = 1 << 20  # bytes from which a tensor attribute is copied once and not at every evaluation
 
 Clones = dict[int, tuple["weakref.ref[Tensor]", Tensor]]
@@ -155,11 +132,18 @@ class Sandbox:
         with PrivateTensors(self._copy_tensor):
             for name, parameter in self._parameters.items():
                 for key, value in vars(parameter).items():
-                    setattr(self._leaves[id(parameter)], key, self._copy(f"{name}.{key}", key, value, memo))
+                    setattr(
+                        self._leaves[id(parameter)],
+                        key,
+                        private_attribute(f"{name}.{key}", key, value, memo, self.shared),
+                    )
         for name, owner, original in self._originals:
             prefix = f"{name}." if name else ""
             with PrivateTensors(self._copy_tensor):
-                private = {key: self._copy(prefix + key, key, value, memo) for key, value in original.items()}
+                private = {
+                    key: private_attribute(prefix + key, key, value, memo, self.shared)
+                    for key, value in original.items()
+                }
             for registry in ("_parameters", "_buffers"):
                 if registry in original:
                     private[registry] = {k: None if t is None else memo[id(t)] for k, t in original[registry].items()}
@@ -211,7 +195,7 @@ class Sandbox:
         return written
 
     def _open(self) -> None:
-        modules = _all_modules(self.module)
+        modules = all_modules(self.module)
         if self._named_values is not None:
             named = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
             self._values = {id(named[name]): value for name, value in self._named_values.items() if name in named}
@@ -266,33 +250,6 @@ class Sandbox:
     def _value(self, tensor: Tensor) -> Tensor:
         return self._values.get(id(tensor), tensor).detach().to(tensor.device)
 
-    def _copy(self, path: str, key: str, value: Any, memo: dict[int, Any]) -> Any:
-        if isinstance(value, IMMUTABLE):
-            return value
-        if id(value) in memo:
-            return memo[id(value)]
-        if key in _REGISTRIES:
-            return value.copy()
-        if key in _REBUILT or type(value).__module__.startswith("torch._dynamo"):
-            return value
-        if isinstance(value, torch.Generator):
-            memo[id(value)] = private = torch.Generator(value.device)
-            private.set_state(value.get_state())
-            return private
-        if isinstance(value, _DATA):
-            self.shared.add(path)
-            memo[id(value)] = value
-            return value
-        if isinstance(value, _CONTAINERS):
-            _keep_data(value, memo)
-        try:
-            return copy.deepcopy(value, memo)
-        except Exception:
-            if isinstance(value, Iterator):
-                return _Untouchable(path)
-            self.shared.add(path)
-            return value
-
     def _copy_tensor(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         """A private tensor. A large one is copied once, and again only when it or its copy was written to."""
         if tensor.numel() * tensor.element_size() < _LARGE:
@@ -307,22 +264,6 @@ class Sandbox:
         return private
 
 
-class _Untouchable:
-    """Stands for an iterator that cannot be copied: drawing from it would take items away from the run."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __iter__(self) -> _Untouchable:
-        return self
-
-    def __next__(self) -> Any:
-        raise TypeError(
-            f"The step draws from the iterator `{self._path}`, which cannot be copied: measuring would take items away "
-            "from the run. Let the Trainer load what it draws, or measure another loss with `loss_fn=`."
-        )
-
-
 def _set_version(leaf: Tensor, version: int) -> None:
     """Set a leaf's version back once it has its value again, or its graphs would count as overwritten."""
     if leaf._version != version:
@@ -330,41 +271,3 @@ def _set_version(leaf: Tensor, version: int) -> None:
             torch._C._autograd._unsafe_set_version_counter((leaf,), (version,))
         except TypeError:  # the signature of older releases
             torch._C._autograd._unsafe_set_version_counter(leaf, version)  # type: ignore[arg-type]
-
-
-def _keep_data(container: Any, memo: dict[int, Any]) -> None:
-    """Share the data sets, loaders and samplers in a container instead of copying them."""
-    for member in container.values() if isinstance(container, dict) else container:
-        if isinstance(member, _DATA):
-            memo[id(member)] = member
-        elif isinstance(member, _CONTAINERS) and id(member) not in memo:
-            _keep_data(member, memo)
-
-
-def _all_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The module, its submodules, and those that hide in plain containers (``self.teachers = [net]``), each once."""
-    found: OrderedDict[int, tuple[str, nn.Module]] = OrderedDict()
-
-    def visit(name: str, module: nn.Module) -> None:
-        for inner, submodule in module.named_modules(prefix=name):
-            if id(submodule) in found:
-                continue
-            found[id(submodule)] = (inner, submodule)
-            for key, value in vars(submodule).items():
-                if isinstance(value, _CONTAINERS) and key not in _REGISTRIES and key not in ("_parameters", "_buffers"):
-                    search(f"{inner}.{key}" if inner else key, value, 0)
-                elif isinstance(value, nn.Module) and id(value) not in found:
-                    visit(f"{inner}.{key}" if inner else key, value)
-
-    def search(name: str, container: Any, depth: int) -> None:
-        if len(container) > 1024:
-            return
-        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
-            if isinstance(value, nn.Module):
-                if id(value) not in found:
-                    visit(f"{name}.{key}", value)
-            elif isinstance(value, _CONTAINERS) and depth < 2:
-                search(f"{name}.{key}", value, depth + 1)
-
-    visit("", root)
-    return list(found.values())
