@@ -165,4 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # more only wait for each other on so small a network
     main()

@@ -1,7 +1,11 @@
+import os
+
+# tensors are small here, and workers of pytest-xdist share the cores; for processes that tests start, too
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
-# tensors are small here, and workers of pytest-xdist share the cores
 torch.set_num_threads(1)
 
 
