@@ -11,22 +11,33 @@ import numpy as np
 import torch
 
 
+class RandomState:
+    """Where the random number generators stand: Python, NumPy, PyTorch on the CPU and on devices in use."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy, self._cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())] if _cuda_in_use() else []
+        self._mps = torch.mps.get_rng_state() if _mps_in_use() else None
+
+    def restore(self) -> None:
+        """Set the generators back to it."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        for index, state in enumerate(self._cuda):
+            torch.cuda.set_rng_state(state, index)
+        if self._mps is not None:
+            torch.mps.set_rng_state(self._mps)
+
+
 @contextmanager
 def fork_rng() -> Iterator[None]:
-    """Give the random number generators back their state: Python, NumPy, PyTorch on the CPU and on devices in use."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())] if _cuda_in_use() else []
-    mps = torch.mps.get_rng_state() if _mps_in_use() else None
+    """Give the random number generators back their state."""
+    before = RandomState()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        for index, state in enumerate(cuda):
-            torch.cuda.set_rng_state(state, index)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
+        before.restore()
 
 
 def seed_everything(seed: int) -> None:
@@ -50,7 +61,7 @@ def stream_seed(*parts: int) -> int:
 
 
 def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_available() and torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return bool(torch.cuda.is_initialized() and torch.cuda.is_available())  # type: ignore[no-untyped-call]
 
 
 def _mps_in_use() -> bool:

@@ -536,8 +536,8 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def slices(batch: Any) -> list[Any]:
-    """A batch's samples, each a batch of one.
+def slices(batch: Any, size: int = 1) -> list[Any]:
+    """A batch's samples, each a batch of one, or consecutive parts of several samples.
 
     n is the length of the first tensor. Tensors and arrays of length n are sliced along their first dimension, lists
     and tuples of length n without such tensors too; other lists and tuples, mappings and dataclasses are entered;
@@ -545,6 +545,7 @@ def slices(batch: Any) -> list[Any]:
 
     Args:
         batch: The batch. Samples must lie along the first dimension.
+        size: Samples in a part; the last one may have fewer.
 
     Raises:
         ValueError: If there is anything else, which would have to be shared or split in a way that is not known.
@@ -552,30 +553,35 @@ def slices(batch: Any) -> list[Any]:
     length = next(_lengths(batch), None)
     if not length:
         raise ValueError(f"The batch has no samples to split into: its first tensor has length {length}.")
-    return _split(batch, length, "batch")
+    return _split(batch, length, size, "batch")
 
 
-def _split(thing: Any, n: int, path: str) -> list[Any]:
+def _split(thing: Any, n: int, size: int, path: str) -> list[Any]:
+    parts = -(-n // size)
     if isinstance(thing, (Tensor, np.ndarray)):
         if isinstance(thing, Tensor) and thing.layout is not torch.strided:
             raise ValueError(_refusal(path, f"is a tensor of layout {thing.layout}"))
         if thing.ndim == 0:
-            return [thing] * n
+            return [thing] * parts
         if len(thing) != n:
             raise ValueError(_refusal(path, f"has length {len(thing)} where there are {n} samples"))
-        return list(torch.split(thing, 1)) if isinstance(thing, Tensor) else [thing[i : i + 1] for i in range(n)]
+        return list(torch.split(thing, size)) if isinstance(thing, Tensor) else _cut(thing, size)
     if isinstance(thing, _SCALARS):
-        return [thing] * n
+        return [thing] * parts
     if type(thing) in (list, tuple) and len(thing) == n and next(_lengths(thing), None) is None:
-        return [type(thing)((member,)) for member in thing]
+        return _cut(thing, size)
     opened = _opened(thing)
     if opened is None:
         raise ValueError(_refusal(path, f"is a {type(thing).__name__}"))
     names, members, build = opened
     if not members:
-        return [thing] * n
-    columns = [_split(member, n, f"{path}[{name!r}]") for name, member in zip(names, members, strict=True)]
+        return [thing] * parts
+    columns = [_split(member, n, size, f"{path}[{name!r}]") for name, member in zip(names, members, strict=True)]
     return [build(list(row)) for row in zip(*columns, strict=True)]
+
+
+def _cut(sequence: Any, size: int) -> list[Any]:
+    return [sequence[start : start + size] for start in range(0, len(sequence), size)]
 
 
 def _refusal(path: str, reason: str) -> str:
