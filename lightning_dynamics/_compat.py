@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.core.optimizer import do_nothing_closure
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.data import _update_dataloader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+    from torch.utils.data import DataLoader
 
 __all__ = [
     "DummyLogger",
+    "at_batch",
     "batch_number",
     "callbacks",
     "curve_step",
+    "cycles_loaders",
+    "do_nothing_closure",
     "ends_step",
     "epoch_tracker",
     "expose_metrics",
+    "has_own_state",
     "is_overridden",
     "is_param_in_hook_signature",
     "is_trial",
+    "loader_states_are_due",
     "only_collects_statistics",
     "optimizer_lists",
     "parts",
+    "place",
+    "previous_loaders",
     "ready_batch",
+    "reopen_loaders",
+    "repair_progress",
+    "rewind_epoch",
     "scheduler_configs_with",
+    "set_root_device",
     "step_trackers",
     "training_loaders",
     "transforming_datamodule",
     "validation_loaders",
+    "with_sampler",
+    "wrapped_sampler",
 ]
 
 LOGGERS = "_loggers"
@@ -68,6 +88,18 @@ def ends_step(trainer: Trainer) -> bool:
 def batch_number(trainer: Trainer) -> int:
     """Number of the running batch within its epoch."""
     return int(trainer.fit_loop.epoch_loop.batch_idx)
+
+
+@contextmanager
+def at_batch(trainer: Trainer, number: int) -> Iterator[None]:
+    """With another batch of the epoch as the running one."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    before = progress.ready
+    progress.ready = number + 1
+    try:
+        yield
+    finally:
+        progress.ready = before
 
 
 def callbacks(trainer: Trainer) -> list[Callback]:
@@ -133,6 +165,11 @@ def epoch_tracker(trainer: Trainer) -> object:
     return trainer.fit_loop.epoch_progress.current
 
 
+def set_root_device(strategy: SingleDeviceStrategy, device: torch.device) -> None:
+    """Give a strategy for one device another device than it was made for."""
+    strategy._root_device = device
+
+
 def step_trackers(trainer: Trainer, step: int) -> list[tuple[object, int]]:
     """Where the Trainer counts optimizer steps, with the count at which its global step is ``step``."""
     loop = trainer.fit_loop.epoch_loop
@@ -152,3 +189,116 @@ def ready_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def previous_loaders(trainer: Trainer) -> object | None:
+    """What held the training loaders before they were set up again; the same until all of them are."""
+    return trainer.fit_loop._combined_loader
+
+
+def cycles_loaders(trainer: Trainer) -> bool:
+    """Whether the shorter ones of several training loaders begin again within an epoch."""
+    combined = trainer.fit_loop._combined_loader
+    return combined is not None and combined._mode == "max_size_cycle"
+
+
+def has_own_state(loader: object) -> bool:
+    """Whether a loader itself goes on where the run was interrupted."""
+    return isinstance(loader, _Stateful)
+
+
+def with_sampler(loader: DataLoader[Any], sampler: Iterable[int]) -> DataLoader[Any]:
+    """The same loader with another sampler, in a batch sampler of the same kind."""
+    return _update_dataloader(loader, sampler)
+
+
+def wrapped_sampler(sampler: object) -> Any:
+    """The user's sampler, without the wrapper that Lightning puts around one for several processes."""
+    if isinstance(sampler, DistributedSamplerWrapper):
+        inside: Any = sampler.dataset
+        return inside._sampler
+    return sampler
+
+
+def place(trainer: Trainer) -> tuple[int, int]:
+    """Epoch of the batch that training goes on with, and the batches of that epoch that are over.
+
+    Final from ``on_train_start`` on, up to the first batch.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches = loop.batch_progress.current
+    return int(epochs.processed), int(batches.completed) + _saved_after_batch(batches) if loop.restarting else 0
+
+
+def repair_progress(trainer: Trainer) -> None:
+    """Let a resumed run go on after the last batch whose step was made; called in ``on_train_start``.
+
+    Lightning before 2.5 repeats the batch at whose end a checkpoint was written. After a checkpoint from the end of an
+    epoch, every version begins the next epoch halfway: without its start hook if it was written at the end of the last
+    batch, and with a batch too many if ``max_steps`` is set.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    epochs: Any = trainer.fit_loop.epoch_progress.total
+    if not loop.restarting:
+        return
+    batches = loop.batch_progress
+    saved = _saved_after_batch(batches.current)
+    if saved and batches.current.completed + 1 >= trainer.num_training_batches:
+        loop._batches_that_stepped += 1
+        batches.increment_completed()
+        _begin_epoch(trainer, epochs.ready)
+    elif epochs.started == epochs.processed:
+        _begin_epoch(trainer, epochs.processed)
+    elif saved and not hasattr(loop, "restarted_on_train_batch_end"):
+        assert trainer.fit_loop._data_fetcher is not None
+        # a validation that is due comes first, and counts the step after it
+        if not loop._should_accumulate() and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            loop._batches_that_stepped += 1
+        batches.increment_completed()
+
+
+def rewind_epoch(trainer: Trainer) -> None:
+    """Let a resumed run begin the epoch anew in which it was interrupted; called in ``on_train_start``."""
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    for name in vars(batches.total):
+        setattr(batches.total, name, getattr(batches.total, name) - getattr(batches.current, name))
+    _begin_epoch(trainer, epochs.processed)
+
+
+def loader_states_are_due(trainer: Trainer) -> bool:
+    """Whether loaders with a state of their own wait for it: they were set up before the run was restored."""
+    return bool(trainer.fit_loop.restarting and trainer.fit_loop._combined_loader_states_to_load)
+
+
+def reopen_loaders(trainer: Trainer) -> None:
+    """Begin the iteration over the training loaders again; those with a state of their own keep it."""
+    loop = trainer.fit_loop
+    assert loop._combined_loader is not None
+    assert loop._data_fetcher is not None
+    if loop.epoch_loop.restarting:
+        loop._combined_loader._load_state_dicts(
+            loop._combined_loader_states_to_load or loop._combined_loader._state_dicts()
+        )
+    loop._combined_loader_states_to_load = []
+    iter(loop._data_fetcher)
+
+
+def _saved_after_batch(batches: Any) -> bool:
+    """Whether a checkpoint was written in ``on_train_batch_end``, when the batch did not count as completed yet."""
+    return bool(batches.ready == batches.started == batches.processed == batches.completed + 1)
+
+
+def _begin_epoch(trainer: Trainer, number: int) -> None:
+    """Put the loops where they are between two epochs."""
+    loop = trainer.fit_loop
+    trackers: tuple[Any, Any] = loop.epoch_progress.total, loop.epoch_progress.current
+    for epochs in trackers:
+        epochs.ready = epochs.started = epochs.processed = epochs.completed = number
+    loop.epoch_loop.batch_progress.reset_on_run()
+    loop._restarting = False  # its setter would not, where `max_steps` is set
+    loop.epoch_loop.restarting = False
+    for part in (loop, loop.epoch_loop):
+        if hasattr(part, "reset_restart_stage"):
+            part.reset_restart_stage()

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from helpers.fit import fit, mini_batches
 from helpers.modules import Regression
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 
 from lightning_dynamics import _compat
 
@@ -34,6 +35,15 @@ class Looks(pl.Callback):
             "scheduler_configs_with": _compat.scheduler_configs_with(trainer, lambda scheduler: "stand-in"),
             "transforming_datamodule": _compat.transforming_datamodule(trainer),
             "parts": _compat.parts(trainer),
+            "place": _compat.place(trainer),
+            "previous_loaders": _compat.previous_loaders(trainer),
+            "cycles_loaders": _compat.cycles_loaders(trainer),
+            "has_own_state": _compat.has_own_state(trainer.train_dataloader),
+            "with_sampler": list(_compat.with_sampler(trainer.train_dataloader, [2, 0]).batch_sampler),
+            "wrapped_sampler": list(_compat.wrapped_sampler(DistributedSamplerWrapper([3, 1], 2, 0))),
+            "loader_states_are_due": _compat.loader_states_are_due(trainer),
+            "repair_progress": _compat.repair_progress(trainer),
+            "reopen_loaders": _compat.reopen_loaders(trainer),
             "only_collects_statistics": _compat.only_collects_statistics(trainer),
             "ready_batch": _compat.ready_batch(trainer, pl_module, [batch[0].double(), "text"]),
             "is_overridden": _compat.is_overridden("configure_gradient_clipping", pl_module),
@@ -45,7 +55,13 @@ class Looks(pl.Callback):
                 *(hasattr(trainer.strategy, name) for name in _compat.OPTIMIZERS),
             ],
             "DummyLogger": _compat.DummyLogger().experiment,
+            "do_nothing_closure": _compat.do_nothing_closure(),
         }
+        _compat.set_root_device(trainer.strategy, torch.device("cpu"))
+        self.seen["set_root_device"] = trainer.strategy.root_device
+        with _compat.at_batch(trainer, 7):
+            self.seen["at_batch"] = [_compat.batch_number(trainer)]
+        self.seen["at_batch"].append(_compat.batch_number(trainer))
         _compat.expose_metrics(trainer, {"exposed": 3.0})
         self.seen["expose_metrics"] = trainer.callback_metrics["exposed"]
 
@@ -77,14 +93,26 @@ def test_every_private_name_does_what_is_said_of_it():
     module = Scheduled()
     trainer = fit(looks, module, data)
     seen = looks.seen
+    seen["rewind_epoch"] = _compat.rewind_epoch(trainer)
     assert set(seen) == set(_compat.__all__) | {"attributes"}
     assert seen["curve_step"] == 4
     assert seen["batch_number"] == 1
+    assert seen["set_root_device"] == torch.device("cpu")
+    assert seen["at_batch"] == [7, 1]
+    assert seen["do_nothing_closure"] is None
     assert seen["ends_step"]
     assert seen["step_trackers"] == [(4, 4)]
     assert seen["epoch_tracker"] == [1, 1]
     assert looks in seen["callbacks"]
     assert seen["is_trial"] is False
+    assert seen["place"] == (1, 0)
+    assert seen["previous_loaders"].flattened == [data]
+    assert seen["cycles_loaders"] is True
+    assert seen["has_own_state"] is seen["loader_states_are_due"] is False
+    assert seen["with_sampler"] == [[2, 0]]
+    assert seen["wrapped_sampler"] == [3, 1]
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.ready == 6  # a whole epoch of three batches was taken off
+    assert (trainer.fit_loop.epoch_loop.restarting, *_compat.place(trainer)) == (False, 3, 0)
     assert seen["only_collects_statistics"] is False
     assert seen["transforming_datamodule"] is None
     assert seen["training_loaders"] == [data]
@@ -104,5 +132,5 @@ def test_every_private_name_does_what_is_said_of_it():
 
 
 def test_every_name_is_listed():
-    functions = {name for name, value in vars(_compat).items() if inspect.isfunction(value)}
-    assert functions - {"replace"} <= set(_compat.__all__)
+    functions = {n for n, f in vars(_compat).items() if inspect.isfunction(f) and f.__module__ == _compat.__name__}
+    assert {name for name in functions if not name.startswith("_")} <= set(_compat.__all__)
