@@ -26,6 +26,7 @@ from torch.utils.data import (
 
 from lightning_dynamics.objective.copies import private_copy
 from lightning_dynamics.objective.randomness import fork_rng, stream_seed
+from lightning_dynamics.strategies.order import OrderSampler
 
 _READ_TIMEOUT = 300.0  # seconds without a batch after which reading the data set is given up
 
@@ -186,6 +187,9 @@ def _members(loader: DataLoader[Any], num_batches: float) -> Sequence[int] | str
     sampler = _sampler_of(loader)
     if type(sampler) is SubsetRandomSampler:
         return [int(i) for i in sampler.indices]
+    if isinstance(sampler, OrderSampler):
+        drawn = min(num_batches * (loader.batch_size or 1), len(sampler))
+        return sampler.within(int(drawn) * sampler.world_size)
     uniform = type(sampler) in (SequentialSampler, RandomSampler) or isinstance(sampler, DistributedSampler)
     if not uniform or not hasattr(loader.dataset, "__len__"):
         return f"the loader's sampler is {_a(sampler)}"

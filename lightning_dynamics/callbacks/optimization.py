@@ -13,6 +13,9 @@ from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSamp
 
 from lightning_dynamics import _compat
 from lightning_dynamics.metrics import HeavyBall
+from lightning_dynamics.strategies import SAMMixin
+from lightning_dynamics.strategies.noisy_descent import NoisyDescentMixin
+from lightning_dynamics.strategies.order import OrderSampler
 
 Order = Literal["with_replacement", "reshuffled"]
 """How the batches of optimizer steps are drawn."""
@@ -61,6 +64,8 @@ def optimization(trainer: Trainer) -> Optimization:
 
 def sgd(trainer: Trainer) -> Sgd | str:
     """The training's optimizer if it is SGD, or why it is not."""
+    if isinstance(trainer.strategy, SAMMixin):
+        return "no theory of SAM"
     optimizers, _ = _compat.optimizer_lists(trainer)
     if len(optimizers) != 1 or type(optimizers[0]) is not SGD:
         return f"no theory of {' and '.join(type(o).__name__ for o in optimizers) or 'no optimizer'}"
@@ -89,6 +94,8 @@ def heavy_ball(trainer: Trainer) -> tuple[HeavyBall | str, float]:
         return rule, 0.0
     if rule.nesterov:
         return "no theory of Nesterov momentum", rule.weight_decay
+    if isinstance(trainer.strategy, NoisyDescentMixin):
+        return f"{trainer.strategy.noise} noise is injected into the gradient of all batches", rule.weight_decay
     order, batches = sampling_order(trainer)
     if order is None:
         reason = "the order of the batches is neither random reshuffling nor drawing with replacement"
@@ -102,9 +109,15 @@ def sampling_order(trainer: Trainer) -> tuple[Order | None, int | None]:
     if len(loaders) != 1 or not trainer.num_training_batches < math.inf:
         return None, None
     sampler = getattr(loaders[0], "sampler", None)
-    batches = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+    batches = -(-int(trainer.num_training_batches) // accumulated_batches(trainer))
+    if isinstance(trainer.strategy, NoisyDescentMixin):
+        return None, batches
+    if isinstance(sampler, OrderSampler) and sampler.order in ("with_replacement", "independent_batches"):
+        return "with_replacement", batches  # from step to step the noise is white
     if trainer.num_training_batches < len(loaders[0]):  # each epoch is another part of the data
         return None, batches
+    if isinstance(sampler, OrderSampler):
+        return ("reshuffled", batches) if sampler.order == "random_reshuffling" and batches > 1 else (None, batches)
     if isinstance(sampler, DistributedSampler):
         return ("reshuffled", batches) if sampler.shuffle and batches > 1 else (None, batches)
     if type(sampler) is SubsetRandomSampler:
@@ -122,6 +135,8 @@ def accumulated_batches(trainer: Trainer) -> int:
     """Batches of each rank that make one step, as training begins."""
     if not trainer.lightning_module.automatic_optimization:
         return 1
+    if isinstance(trainer.strategy, NoisyDescentMixin) and trainer.num_training_batches < math.inf:
+        return int(trainer.num_training_batches)
     for callback in _compat.callbacks(trainer):
         if isinstance(callback, GradientAccumulationScheduler):  # it acts when an epoch starts
             return int(callback.get_accumulate_grad_batches(trainer.current_epoch))
