@@ -21,7 +21,19 @@ ALLOWED = {
     "objective": {"torch", "numpy", "linalg"},
     "metrics": {"torch", "torchmetrics", "linalg"},
     "recording": {"torch", "matplotlib", "wandb"},
-    "callbacks": {"torch", "numpy", "lightning", "linalg", "objective", "metrics", "recording", "_compat", ""},
+    "strategies": {"torch", "lightning", "objective", "_compat"},
+    "callbacks": {
+        "torch",
+        "numpy",
+        "lightning",
+        "linalg",
+        "objective",
+        "metrics",
+        "strategies",
+        "recording",
+        "_compat",
+        "",
+    },
     "experiments": {
         "torch",
         "lightning",
@@ -34,7 +46,8 @@ ALLOWED = {
         "_compat",
     },
     "_compat": {"torch", "lightning"},
-    "__init__": {"callbacks", "experiments", "recording"},
+    "_names": set(),
+    "__init__": {"callbacks", "experiments", "recording", "strategies", "_names"},
 }
 """What each part may import besides the standard library and itself; our own parts by their bare names."""
 

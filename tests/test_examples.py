@@ -374,3 +374,20 @@ def test_the_sharpness_is_the_lower_the_smaller_the_batch_and_no_run_is_lost_uns
     assert small.late("hessian/edge_ratio")[0] < large.late("hessian/edge_ratio")[0]
     assert small.late("noise/signal_to_noise")[0] < large.late("noise/signal_to_noise")[0]
     assert (tmp_path / "stochastic_sharpness" / "stochastic_sharpness.png").stat().st_size > 10_000
+
+
+def test_sam_lowers_the_sharpness(tmp_path):
+    sgd, sharp = load("sam").main(["--epochs", "5", "--rho", "0", "0.4", "--folder", str(tmp_path)])
+    assert sharp.sharpness < 0.6 * sgd.sharpness
+    assert sharp.gap > 0
+    assert math.isnan(sgd.gap)
+    for run in (sgd, sharp):
+        assert run.hessian.record_path.exists()
+        assert list((tmp_path / "sam").glob(f"rho{run.rho:g}_seed0/version_0/events.out.tfevents.*"))
+    assert (tmp_path / "sam" / "sam.png").stat().st_size > 10_000
+
+
+def test_the_order_of_samples(tmp_path):
+    found = load("sampling_order").main(["--seeds", "2", "--epochs", "1", "--folder", str(tmp_path)])
+    assert set(found) == {"late_loss", "sharpness", "means after 1"}
+    assert (tmp_path / "sampling_order.png").stat().st_size > 10_000

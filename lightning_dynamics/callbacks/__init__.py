@@ -10,6 +10,7 @@ from lightning_dynamics.callbacks.hessian_spectrum import Spectrum
 from lightning_dynamics.callbacks.neural_collapse import NeuralCollapseMonitor
 from lightning_dynamics.callbacks.probe import Probe
 from lightning_dynamics.callbacks.reference import Reference
+from lightning_dynamics.callbacks.sam import SAMMonitor
 from lightning_dynamics.callbacks.stochastic_sharpness import StochasticSharpnessMonitor
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "NeuralCollapseMonitor",
     "Probe",
     "Reference",
+    "SAMMonitor",
     "Spectrum",
     "StochasticSharpnessMonitor",
 ]

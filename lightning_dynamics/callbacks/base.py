@@ -55,7 +55,8 @@ class DynamicsMonitor(Callback, Generic[Subject]):
     """What it does at every step, if anything."""
 
     awaits_step = False
-    """Whether a point is completed once the step from it has been taken, see :meth:`measure_update`."""
+    """Whether a point is completed once the step from it has been taken: see :meth:`measure_update`, and for monitors
+    that need no data :attr:`is_of_step`."""
 
     detail_name = "in detail"
     """What is measured in detail, in words."""
@@ -140,6 +141,11 @@ class DynamicsMonitor(Callback, Generic[Subject]):
         return [] if self.options is None else self.options.probes
 
     @property
+    def is_of_step(self) -> bool:
+        """Whether a point is about nothing but the step that is taken from it: :meth:`measure` comes after the step."""
+        return self.awaits_step and self.options is None
+
+    @property
     def is_for_shards(self) -> bool:
         """Whether it measures weights that are sharded over processes."""
         return False
@@ -173,6 +179,17 @@ class DynamicsMonitor(Callback, Generic[Subject]):
             circumstances: What else there is to know.
             sharing: All monitors that agree in their options.
         """
+
+    def step_begins(self, trainer: Trainer) -> None:
+        """The step that a point is about begins, where :attr:`is_of_step`. Called on every rank."""
+
+    def step_ends(self, trainer: Trainer) -> Any:
+        """It has been made, or will not be. Called on every rank, and no rank waits for another here.
+
+        Returns:
+            What this rank has seen of it, small and picklable: see :attr:`Point.seen`.
+        """
+        return None
 
     def point_of(self, subject: Subject, **facts: Any) -> Point[Subject]:
         """The point to measure at.
@@ -266,11 +283,12 @@ class DynamicsMonitor(Callback, Generic[Subject]):
         """The values that go to the loggers: those on by default, and ``also_log``. All of them stand in the record."""
         return {key: value for key, value in measured.scalars.items() if self._is_logged(key)}
 
-    def shown(self, clips: bool) -> list[str]:
+    def shown(self, clips: bool, sharpens: bool = False) -> list[str]:
         """Names, without the family, of the quantities that can come to the loggers: what charts are laid out for.
 
         Args:
             clips: Whether the Trainer clips gradients.
+            sharpens: Whether its strategy is SAM.
         """
         return [
             q.name

@@ -74,7 +74,8 @@ class DisplacementMonitor(CurvatureMonitor):
         dimensions: Of the projection of each parameter, a prime number.
         layers: Record displacements of each layer too.
         conserved: Look for symmetries of the loss in the training's own gradients, and record how far what gradient
-            flow would conserve has changed: see :class:`~lightning_dynamics.metrics.SymmetryFinder`.
+            flow would conserve has changed: see :class:`~lightning_dynamics.metrics.SymmetryFinder`. The gradients of
+            SAM, at w + e, have fewer symmetries than the loss: scales and rescalings are not conserved and not found.
         phase_space: Follow positions and velocities along that many top and as many bottom eigenvectors of the Hessian,
             frozen at the reference; 0 for none. They are measured on ``probe``, or on that of a ``HessianMonitor`` of
             the same Trainer, from whose vectors they then start.

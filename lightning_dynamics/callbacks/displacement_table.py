@@ -157,7 +157,7 @@ def _balance(has_probe: bool) -> Iterator[Quantity]:
         "batch_gradient_norm",
         "‖g_B‖",
         "loss/θ",
-        "Norm of the training's own gradient in the last step, before clipping.",
+        "Norm of the training's own gradient in the last step, before clipping; with SAM, of that at w + e.",
         "Gradient norms",
     )
     if has_probe:

@@ -23,7 +23,8 @@ class GradientSeries(Follower):
     """Components of each optimizer step's gradient, before clipping, along unit vectors that rank zero has frozen.
 
     Gradients are the same on all ranks by then, so that rank zero alone follows them. Of an optimizer that evaluates or
-    steps more than once in a batch the first gradient counts; those of several optimizers are added.
+    steps more than once in a batch the first gradient counts; those of several optimizers are added. With SAM it is the
+    gradient that the step is made with, that at w + e.
 
     Args:
         window: Steps that are kept.

@@ -22,6 +22,7 @@ from lightning_dynamics.callbacks.hessian_spectrum import (
 from lightning_dynamics.callbacks.hessian_table import hessian_table
 from lightning_dynamics.callbacks.lightning_objective import LossFn, ObjectiveOptions, WeightFn
 from lightning_dynamics.callbacks.measured import Measured, Point
+from lightning_dynamics.callbacks.perturbation import Perturbation
 from lightning_dynamics.callbacks.probe import Probe
 from lightning_dynamics.linalg import (
     CongruentOperator,
@@ -30,7 +31,7 @@ from lightning_dynamics.linalg import (
     eigenpairs,
     most_rows,
 )
-from lightning_dynamics.metrics import StabilityRule
+from lightning_dynamics.metrics import StabilityRule, sam_oscillation
 from lightning_dynamics.objective import Engine, HessianOperator, Kind, Layout, OutputFn, ParameterFilter, Part
 from lightning_dynamics.objective.memory import double_precision
 from lightning_dynamics.recording.quantity import QuantityTable, layer_keys
@@ -42,6 +43,9 @@ _AUDITED = 4  # top eigenvectors that are multiplied in double precision
 _VECTORS = 1e-4  # tolerance of eigenvalues at which their vectors are good enough to be compared
 _SAME_LOSS = 0.05  # relative difference that rounding to bfloat16 makes in a loss; a fiftieth of it to float32
 _LOSS_ROUNDING = 1e-6  # absolute difference: losses of networks that are certain of everything
+
+_CLIPPING = ("clip_factor", "clipped_share")  # logged where there is clipping
+_OSCILLATION = ("sam_oscillation",)  # logged where there is SAM
 
 Matrix = Literal["hessian", "preconditioned", "gauss_newton", "residual", "fisher", "empirical_fisher"]
 """The matrices that a :class:`HessianMonitor` can measure: those of :data:`Kind`, and the preconditioned Hessian."""
@@ -102,6 +106,10 @@ class HessianMonitor(CurvatureMonitor):
         - With the whole spectrum: ``hessian/density`` (histogram and figure), ``hessian/trace``,
           ``hessian/effective_parameters``, and ``hessian/overlap_previous`` and ``overlap_first``, how far the span of
           the top eigenvectors has stayed where it was (Hessian inertia), where it is certified.
+        - Where the strategy is SAM: ``hessian/sam_oscillation``, λ₁(1 + ρλ₁/G)/λ* with the stability threshold λ* of
+          the base optimizer, where it is one number, and the norm G of the gradient that perturbed the step before: 1
+          where training has settled into SAM's oscillation along the leading eigenvector. That is so at any λ₁ < λ*,
+          so it is no edge; and ``hessian/edge_ratio`` remains that of the base optimizer.
         - With gradient clipping: ``hessian/clip_factor`` and ``hessian/clipped_share`` since the last point; the
           effective step is that much smaller, and the ratio that much too large.
 
@@ -275,6 +283,7 @@ class HessianMonitor(CurvatureMonitor):
             self._enter_gradient_share(found, hessian, into)
         if self._is_hessian:
             self._compare_with_the_edge(point, found, into)
+            _compare_with_the_cycle(point, found, into)
             if self.sharpening_rate:
                 measure_sharpening_rate(hessian, found.top, into)
             if point.has_halves and point.count % _BIAS_EVERY == 0:
@@ -339,16 +348,17 @@ class HessianMonitor(CurvatureMonitor):
         joined.notes["products"] = first.notes["products"] + second.notes["products"]
         return joined
 
-    def shown(self, clips: bool) -> list[str]:
-        return super().shown(clips) + (["clip_factor", "clipped_share"] if clips else [])
+    def shown(self, clips: bool, sharpens: bool = False) -> list[str]:
+        more = [*(_CLIPPING if clips else ()), *(_OSCILLATION if sharpens and self._is_hessian else ())]
+        return super().shown(clips, sharpens) + more
 
     @property
     def _in_detail(self) -> list[str]:
         return [f"{self.table.family}/{key}" for key in DETAIL]
 
     def logged(self, measured: Measured) -> dict[str, float]:
-        clipping = {f"{self.table.family}/{key}" for key in ("clip_factor", "clipped_share")}
-        return super().logged(measured) | {k: v for k, v in measured.scalars.items() if k in clipping}
+        present = {f"{self.table.family}/{key}" for key in (*_CLIPPING, *_OSCILLATION)}
+        return super().logged(measured) | {k: v for k, v in measured.scalars.items() if k in present}
 
     def _matrix(self, hessian: HessianOperator, rule: StabilityRule) -> SymmetricOperator | None:
         """The matrix whose spectrum is measured; None where there is none yet."""
@@ -473,6 +483,21 @@ def _check_operator(operator: str, output_fn: OutputFn | None) -> None:
             f"`operator={operator!r}` needs a function as `output_fn=`, since a module's name gives no "
             f"{'likelihood' if operator == 'fisher' else 'losses of single samples'}."
         )
+
+
+def _compare_with_the_cycle(point: Point[HessianOperator], found: ExtremalEigenpairs, into: Findings) -> None:
+    """How near training is to the oscillation that SAM ends in."""
+    how, threshold = point.perturbation, point.rule.threshold
+    if how is None:
+        return
+    if isinstance(how, Perturbation) and threshold is None:
+        how = point.rule.unavailable or "the edge of the base optimizer is not one number"
+    if isinstance(how, str) or threshold is None:
+        into.notes["no_sam_oscillation"] = how
+        return
+    top, bound = float(found.top.values[0]), float(found.top.bounds[0])
+    if top > 0 and threshold > 0:
+        into.enter("sam_oscillation", *sam_oscillation(top, threshold, how.reach, bound))
 
 
 def _forget_if_changed(memory: dict[str, Any], layout: Layout) -> None:

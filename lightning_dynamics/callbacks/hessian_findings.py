@@ -99,6 +99,9 @@ def enlarged(measured: Measured, family: str, rounding: float | None) -> Measure
     ratio = f"{family}/edge_ratio"
     if ratio in errors:
         errors[ratio] += margin * abs(measured.scalars[ratio]) / max(abs(measured.scalars[top]), 1e-300)
+    cycle = f"{family}/sam_oscillation"
+    if cycle in errors:  # its relative error is at most twice as large, to first order
+        errors[cycle] += 2 * margin * measured.scalars[cycle] / measured.scalars[top]
     notes = {**measured.notes, "rounding": rounding}
     if "completeness" in notes:
         limits = notes["completeness"]

@@ -231,6 +231,18 @@ def _beside(matrix: str, unit: str, k: int, operator: str) -> Iterator[Quantity]
         )
     if operator == "hessian":
         yield record(
+            "sam_oscillation",
+            "λ₁(1+ρλ₁/G)/λ*",
+            "1",
+            "With SAM: λ₁(1 + ρλ₁/G) over the stability threshold λ* of the base optimizer, G being the norm of the "
+            "gradient that perturbed the step before. On a quadratic loss it is 1 where training has settled into "
+            "SAM's oscillation along the leading eigenvector, whatever λ₁ < λ* is: it certifies oscillation, not "
+            "instability. With unnormalized SAM λ₁(1 + ρλ₁)/λ*.",
+            "derived",
+            "bound",
+            "Oscillation of SAM",
+        )
+        yield record(
             "sharpening_rate",
             "-∇λ₁·∇L",
             "loss²/θ⁴",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dynamics.callbacks.map_style import ProbeItem
 from lightning_dynamics.callbacks.optimization import Optimization
+from lightning_dynamics.callbacks.perturbation import Perturbation
 from lightning_dynamics.callbacks.probe import ProbeData
 from lightning_dynamics.metrics import StabilityRule
 
@@ -134,10 +135,12 @@ class Point(Generic[Subject]):
         final: Whether training has ended.
         data: The probe.
         optimization: How training optimizes at this step.
+        perturbation: How SAM perturbs at this step, or why there is no theory of it; None where training is without.
         weights: Parameters θ_t by name.
         after: θ_{t+1}, after the step that training took from here; None where it is not known.
         together: Who measures on the same at this step, this monitor included.
         found: What they have found there for each other.
+        seen: What each rank has seen of the step, see :meth:`DynamicsMonitor.step_ends`.
     """
 
     step: int
@@ -152,10 +155,12 @@ class Point(Generic[Subject]):
     final: bool = False
     data: ProbeData | None = None
     optimization: Optimization | None = None
+    perturbation: Perturbation | str | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     after: Mapping[str, Tensor] | None = None
     together: Sequence[Member] = ()
     found: dict[str, Any] = field(default_factory=dict)
+    seen: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,7 @@ class SavedWeights:
         values: Parameters and buffers as they were, by name.
         rules: The edge of stability as it was, by position of the monitor.
         optimization: How training optimized.
+        perturbation: How SAM perturbed.
         roles: What the step is to each monitor that waits, by position.
         taken: The step that was taken from there, once it has been.
         results: What was measured before the step was taken, by position, and how long that took.
@@ -208,6 +214,7 @@ class SavedWeights:
     values: dict[str, Tensor]
     rules: dict[int, StabilityRule]
     optimization: Optimization
+    perturbation: Perturbation | str | None
     roles: dict[int, Role]
     taken: Taken | None = None
     results: dict[int, tuple[Any, float]] = field(default_factory=dict)

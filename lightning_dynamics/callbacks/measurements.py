@@ -21,6 +21,7 @@ from lightning_dynamics.callbacks.measured import Measured, Member, Role, SavedW
 from lightning_dynamics.callbacks.measuring import Failure, Outcome, Task, explain, measure_jointly
 from lightning_dynamics.callbacks.notices import Notices
 from lightning_dynamics.callbacks.optimization import optimization
+from lightning_dynamics.callbacks.perturbation import perturbation
 from lightning_dynamics.callbacks.probes import Probes
 from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.metrics import StabilityRule, stability_rule
@@ -155,6 +156,10 @@ class Measurements:
             self._open = self._copied(when, after)
             if self._open is None:  # said already
                 ready = {i: r for i, r in ready.items() if i not in after}
+            else:
+                for i in after:
+                    if self._monitors[i].is_of_step:
+                        self._monitors[i].step_begins(self._trainer)
         if ready:
             self._measure(when, ready, batch, None)
 
@@ -184,6 +189,13 @@ class Measurements:
         saved, self._open = self._open, None
         if saved is None or saved.taken is None:
             return
+        for i, role in saved.roles.items():
+            if self._monitors[i].is_of_step:
+                started = time.monotonic()
+                result = self._of_step(saved.when, i, role)
+                self._ledger.take(self._monitors[i], saved.when, role, result, time.monotonic() - started)
+        if not saved.results:
+            return
         items = saved.taken.items
         is_known = min(self._ranks.gather(len(items or []))) > 0
         taken = Taken(dict(self._module.named_parameters()), items if is_known else None)
@@ -200,6 +212,9 @@ class Measurements:
         """The step does not come: what was measured before it stands alone."""
         saved, self._open = self._open, None
         if saved is not None:
+            for i in saved.roles:
+                if self._monitors[i].is_of_step:
+                    self._monitors[i].step_ends(self._trainer)
             for i, (result, seconds) in saved.results.items():
                 self._ledger.take(self._monitors[i], saved.when, saved.roles[i], result, seconds)
 
@@ -214,10 +229,12 @@ class Measurements:
         try:
             if waiting >= _MOST_SAVED:
                 raise FloatingPointError(f"more than {_MOST_SAVED} points were due before the probe was complete")
-            values = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
-            copies = {name: tensor.detach().clone() for name, tensor in values.items()}
+            on_data = any(self._monitors[i].measures_on_data(role.in_detail) for i, role in roles.items())
+            held = [*self._module.named_parameters(), *self._module.named_buffers()] if on_data else []
+            copies = {name: tensor.detach().clone() for name, tensor in held}
             rules = {i: self.rule(self._monitors[i]) for i in roles}
-            saved = SavedWeights(when, copies, rules, optimization(self._trainer), roles, Taken({}, []))
+            how = optimization(self._trainer), perturbation(self._trainer)
+            saved = SavedWeights(when, copies, rules, *how, roles, Taken({}, [] if on_data else None))
         except Exception as error:
             failure = explain(error)
         failures = [other for other in self._ranks.gather(failure) if other is not None]
@@ -242,7 +259,7 @@ class Measurements:
     def _measure(self, when: When, roles: Mapping[int, Role], batch: Any, saved: SavedWeights | None) -> None:
         """Measure at one step: each objective is opened once, for all monitors that share it."""
         for i, role in roles.items():
-            if not self._monitors[i].measures_on_data(role.in_detail):
+            if not self._monitors[i].measures_on_data(role.in_detail) and not self._monitors[i].is_of_step:
                 started = time.monotonic()
                 result = self._without_data(when, i, role)
                 self._ledger.take(self._monitors[i], when, role, result, time.monotonic() - started)
@@ -258,12 +275,22 @@ class Measurements:
                 else:
                     self._ledger.take(self._monitors[i], when, roles[i], result, seconds)
 
-    def _without_data(self, when: When, index: int, role: Role) -> Any:
-        """A result of weights alone: every rank has them, rank zero's counts."""
+    def _of_step(self, when: When, index: int, role: Role) -> Any:
+        """A result of the step alone, from what all ranks have seen of it."""
+        try:
+            seen = self._monitors[index].step_ends(self._trainer)
+        except Exception as error:
+            seen = explain(error)
+        everyone = self._ranks.gather(seen)
+        failures = [other for other in everyone if isinstance(other, Failure)]
+        return failures[0] if failures else self._without_data(when, index, role, everyone)
+
+    def _without_data(self, when: When, index: int, role: Role, seen: Sequence[Any] = ()) -> Any:
+        """A result of weights alone, or of the step: every rank has them, rank zero's counts."""
         result: Any = None
         if self._ranks.leads:
             try:
-                result = self._task(when, index, role, None)(None)
+                result = self._task(when, index, role, None, seen=seen)(None)
             except Exception as error:
                 result = explain(error)
         return self._ranks.share(result)
@@ -392,6 +419,7 @@ class Measurements:
         saved: SavedWeights | None,
         shared: _Shared | None = None,
         kind: Literal["point", "update", "step"] = "point",
+        seen: Sequence[Any] = (),
     ) -> Task:
         monitor = self._monitors[index]
         state = self._ledger.states[monitor.label]
@@ -400,6 +428,7 @@ class Measurements:
         # read here: once the sandbox is open the module shows private weights, which no optimizer knows
         rule = self._rule_at(index, saved)
         how = optimization(self._trainer) if saved is None else saved.optimization
+        sharpens = perturbation(self._trainer) if saved is None else saved.perturbation
         weights = dict(self._module.named_parameters()) if saved is None else saved.values
         taken = None if saved is None else saved.taken
 
@@ -416,10 +445,12 @@ class Measurements:
                 final=when.final,
                 data=data,
                 optimization=how,
+                perturbation=sharpens,
                 weights=weights,
                 after=None if taken is None else taken.after,
                 together=() if shared is None else shared.members,
                 found={} if shared is None else shared.found,
+                seen=seen,
             )
             if kind != "point":
                 return monitor.measure_step(point) if kind == "step" else monitor.measure_update(point)

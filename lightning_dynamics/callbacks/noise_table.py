@@ -128,7 +128,7 @@ def noise_table(directions: int, name: str | None = None) -> QuantityTable:
                 "ρ(1)",
                 "1",
                 "Autocorrelation at lag 1 of the training's own gradients along the leading eigenvector, frozen at the "
-                "last measurement in detail. More lags stand in the record.",
+                "last measurement in detail; with SAM, of those at w + e. More lags stand in the record.",
                 "own; error by Bartlett's formula",
                 "Autocorrelation of gradients",
             ),

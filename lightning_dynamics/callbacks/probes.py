@@ -17,6 +17,7 @@ from lightning_dynamics.callbacks.probe_state import keep_batches
 from lightning_dynamics.callbacks.ranks import Ranks
 
 _NONE = ProbeData(kind="no data: weights alone")
+_STEP = ProbeData(kind="the batches of the step")
 
 
 class Probes:
@@ -30,7 +31,7 @@ class Probes:
 
     def of(self, monitor: DynamicsMonitor[Any]) -> ProbeData:
         """The data that a monitor measures on."""
-        return next(iter(self.all_of(monitor)), _NONE)
+        return next(iter(self.all_of(monitor)), _STEP if monitor.is_of_step else _NONE)
 
     def all_of(self, monitor: DynamicsMonitor[Any]) -> list[ProbeData]:
         """The data that a monitor measures on, and what else it needs."""

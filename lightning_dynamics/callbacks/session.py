@@ -33,6 +33,7 @@ from lightning_dynamics.callbacks.notices import Notices
 from lightning_dynamics.callbacks.probes import Probes
 from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.recording.record import Record
+from lightning_dynamics.strategies import SAMMixin
 
 _BUDGET = 0.15  # share of training that default cadences may cost together
 _DETAIL = 1 / 3  # share of a monitor's budget that goes into measurements in detail
@@ -402,8 +403,8 @@ class Session:
             for state in [self._ledger.states[m.label]]
         }
         tables = [*(monitor.table for monitor in self.monitors), COST]
-        clips = bool(trainer.gradient_clip_val)
-        shown = [*(monitor.table.only(monitor.shown(clips)) for monitor in self.monitors), COST]
+        ways = bool(trainer.gradient_clip_val), isinstance(trainer.strategy, SAMMixin)
+        shown = [*(monitor.table.only(monitor.shown(*ways)) for monitor in self.monitors), COST]
         self.journal.begin(step, {**header_of(trainer, module), "monitors": introduced}, tables, shown)
 
     def _flush(self, step: int) -> None:

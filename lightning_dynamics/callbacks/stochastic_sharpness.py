@@ -176,10 +176,10 @@ class StochasticSharpnessMonitor(MiniBatchMonitor):
     def ends(self) -> tuple[int, int]:
         return 1, 0
 
-    def shown(self, clips: bool) -> list[str]:
+    def shown(self, clips: bool, sharpens: bool = False) -> list[str]:
         absent = set() if self.detail is not None else {"minibatch_top_1", "top_1", "balance_ratio"}
         absent |= set() if self.awaits_step else {"update_edge"}
-        return [name for name in super().shown(clips) if name not in absent]
+        return [name for name in super().shown(clips, sharpens) if name not in absent]
 
     def gradients_per_point(self, module: Any) -> float:
         step = 1 + 1.3 + _PRODUCT + 0.4 if self.awaits_step else 0.0

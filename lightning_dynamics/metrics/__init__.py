@@ -61,7 +61,7 @@ from lightning_dynamics.metrics.spectrum import (
     spectral_sparsity,
     subspace_overlap,
 )
-from lightning_dynamics.metrics.stability import StabilityRule, stability_rule
+from lightning_dynamics.metrics.stability import StabilityRule, sam_oscillation, stability_rule
 from lightning_dynamics.metrics.stochastic_sharpness import (
     DrawnCurvature,
     balance_ratio,
@@ -167,6 +167,7 @@ __all__ = [
     "principal_cosines",
     "radial_share",
     "reshuffling_autocorrelation",
+    "sam_oscillation",
     "sample_noise_trace",
     "separation_law",
     "sharpness_gap",

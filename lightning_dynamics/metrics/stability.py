@@ -85,6 +85,30 @@ class StabilityRule:
         return whole(self.scales).sqrt().to(like.device, like.dtype), whole(self.shifts).to(like.device, like.dtype)
 
 
+def sam_oscillation(curvature: float, threshold: float, reach: float, bound: float = 0.0) -> tuple[float, float]:
+    """λ(1 + aλ)/T: what sharpness-aware minimization (SAM) makes of a curvature, over its base optimizer's threshold.
+
+    SAM takes the gradient at w + e with e = ρ·g/‖g‖. On a quadratic loss that is H(1 + aH)w with a = ρ/‖g‖: along an
+    eigenvector SAM acts like its base optimizer on the curvature λ(1 + aλ). Near the minimum ‖g‖ falls and a grows,
+    until λ(1 + aλ) = T, where the weights flip between two points; with gradient descent these are at a distance
+    ηλρ/(2 - ηλ) from the minimum. So training ends at 1 for *any* 0 < λ < T: the number certifies that it oscillates,
+    and says nothing about stability. Unnormalized SAM, e = ρ·g, has a = ρ at all distances; there alone 1 is an edge.
+
+    Source: derived.
+
+    Args:
+        curvature: λ ≥ 0, in units of loss/θ².
+        threshold: T > 0, the :attr:`StabilityRule.threshold` of the base optimizer.
+        reach: a = ‖e‖/‖g‖ ≥ 0, in units of θ²/loss.
+        bound: On the error of λ.
+
+    Returns:
+        The value, and the bound on its error.
+    """
+    error = bound * (1 + 2 * reach * curvature + reach * bound) / threshold
+    return curvature * (1 + reach * curvature) / threshold, error
+
+
 class _NotYetError(Exception):
     """The optimizer has not taken a step with this parameter."""
 

@@ -24,6 +24,7 @@ from lightning_dynamics import (
     NeuralCollapseMonitor,
     Probe,
     Reference,
+    SAMMonitor,
     Spectrum,
     StochasticSharpnessMonitor,
 )
@@ -301,6 +302,7 @@ def test_every_option_of_monitors_of_mini_batches_can_be_set_in_a_file(tmp_path,
         Probe,
         Spectrum,
         Reference,
+        SAMMonitor,
     ],
 )
 def test_every_option_has_a_help_text(kind):
@@ -308,6 +310,25 @@ def test_every_option_has_a_help_text(kind):
     text = inspect.getdoc(kind)
     for name in inspect.signature(kind).parameters:
         assert re.search(rf"^    {name}: \S", text, re.MULTILINE), name
+
+
+SHARPENED = """
+        every_n_train_steps: 2
+        also_log: [rho, gradient_norm]
+        monitor: true
+        name: late
+"""
+
+
+def test_every_option_of_the_monitor_of_sam_can_be_set_in_a_file(tmp_path, monkeypatch):
+    trainer = TRAINER.replace("trainer:\n", "trainer:\n  strategy: sam\n")
+    monkeypatch.setattr(f"{__name__}.TRAINER", trainer)
+    monitor = run(tmp_path, SHARPENED, monkeypatch, SAMMonitor)
+    assert set(re.findall(r"^ {8}(\w+):", SHARPENED, re.MULTILINE)) == set(inspect.signature(SAMMonitor).parameters) - {
+        "every_n_epochs",
+        "log_spaced",
+    }
+    assert monitor.logged(monitor.history[0]) == monitor.history[0].scalars
 
 
 def test_the_help_of_a_monitor_is_printed(capsys, monkeypatch):

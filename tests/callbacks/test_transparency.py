@@ -59,6 +59,7 @@ def network(module, batch):
 HESSIAN, COLLAPSE = lightning_dynamics.HessianMonitor, lightning_dynamics.NeuralCollapseMonitor
 DISPLACEMENT = lightning_dynamics.DisplacementMonitor
 SHARPNESS, NOISE = lightning_dynamics.StochasticSharpnessMonitor, lightning_dynamics.GradientNoiseMonitor
+SAM = lightning_dynamics.SAMMonitor
 DRAWN = (SHARPNESS, NOISE)
 
 EVERYTHING = {
@@ -82,10 +83,11 @@ EVERYTHING = {
     },
     SHARPNESS: {"eigenvalues_every_n_train_steps": 2, "solved": 2, "also_log": ".*"},
     NOISE: {"detail_every_n_train_steps": 2, "directions": 1, "also_log": ".*"},
+    SAM: {"also_log": ".*"},
 }
 """What a monitor can measure besides."""
 
-ALWAYS = {HESSIAN: {}, COLLAPSE: {"forward_fn": network}, DISPLACEMENT: {}, SHARPNESS: {}, NOISE: {}}
+ALWAYS = {HESSIAN: {}, COLLAPSE: {"forward_fn": network}, DISPLACEMENT: {}, SHARPNESS: {}, NOISE: {}, SAM: {}}
 """What a monitor has to be told here."""
 
 OTHERWISE = {
@@ -94,17 +96,22 @@ OTHERWISE = {
     DISPLACEMENT: {"mode": "eval", "memory": "host"},
     SHARPNESS: {"mode": "eval", "step": False, "engine": "kept"},
     NOISE: {"mode": "eval", "engine": "kept"},
+    SAM: {},
 }
 """What a monitor does not do by default."""
 
 
-def all_monitors(batches=2, **options):
-    """Every public monitor at an aggressive cadence, on each kind of data.
+def all_monitors(batches=2, sharpens=False, **options):
+    """Every public monitor at an aggressive cadence, on each kind of data; that of SAM where training ``sharpens``.
 
     Options go to the monitors that have them; for one kind they are given under its name.
     """
     monitors = []
     for kind in MONITORS:
+        if kind is SAM:
+            late = kind(every_n_train_steps=2, name="other", monitor=True, **OTHERWISE[kind], **ALWAYS[kind])
+            monitors += [kind(every_n_train_steps=1, **EVERYTHING[kind], **ALWAYS[kind]), late] if sharpens else []
+            continue
         own = {k: v for k, v in options.items() if k in inspect.signature(kind).parameters}
         own = {**ALWAYS[kind], **own, **options.get(kind.__name__, {})}
         if kind in DRAWN:
@@ -307,6 +314,37 @@ class SecondOrder(NastyModule):
         return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad], lr=0.1, max_iter=3)
 
 
+class ByClosure(NastyModule):
+    """Optimizes by hand, with a closure that is evaluated twice; it counts, draws, logs and writes buffers inside."""
+
+    def __init__(self):
+        super().__init__(manual=True)
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+
+        def closure():
+            optimizer.zero_grad()
+            x, y, _ = batch
+            noisy = x + 0.01 * torch.randn_like(x) + 0.01 * torch.randn(8, generator=self.generator)
+            out = self.frozen(self.head(self.net(noisy) + self.target(noisy)))
+            loss = F.cross_entropy(out, y) * (1 + 0.001 * self.counter)
+            self.counter += 1
+            self.history.append(float(loss.detach()))
+            self.last = loss
+            with torch.no_grad():
+                self.ema.mul_(0.9).add_(out.detach().mean(0), alpha=0.1)
+            self.accuracy(out, y)
+            self.log("loss", loss, on_step=True, on_epoch=True)
+            self.trainer.seen_by_user = self.counter
+            self.manual_backward(loss)
+            return loss
+
+        self.order.append(batch[2].tolist())
+        optimizer.step(closure)
+        self.lr_schedulers().step()
+
+
 class Compiled(NastyModule):
     """Counts what its compiler is asked to compile."""
 
@@ -388,6 +426,28 @@ def is_of(dtype):
     return check
 
 
+def was_sharpened(trainer, module):
+    assert trainer.strategy.last_step.perturbation_norm == pytest.approx(0.1)
+    assert trainer.strategy.last_step.sharpness_gap != 0
+    assert trainer.strategy.observed is False
+
+
+def sharpness_of(module):
+    """The last step that was perturbed, as the strategy tells of it."""
+    step = module.trainer.strategy.last_step
+    return step.step, step.rho, float(step.loss), float(step.perturbed_loss), step.gradient_norm
+
+
+def replaced(trainer, module):
+    """Drawn with replacement: of 48 samples some came twice, some never."""
+    assert len({i for batch in module.order for i in batch}) < 48
+
+
+def replaced_and_sharpened(trainer, module):
+    replaced(trainer, module)
+    was_sharpened(trainer, module)
+
+
 def was_compiled(trainer, module):
     assert module.compiler.frame_count > 0
 
@@ -410,6 +470,12 @@ class Case:
     monitors: dict[str, Any] = field(default_factory=dict)
     facts: Callable[[pl.LightningModule], Any] = lambda module: None
 
+
+def sam(**options):
+    return lightning_dynamics.SAMStrategy(rho=0.1, **options)
+
+
+BESIDE_SAM = {"monitors": {"sharpens": True}, "facts": sharpness_of, "check": was_sharpened}
 
 TWO_CLASSES = {"target_fn": lambda batch: batch[1].clamp(max=1)}
 
@@ -434,6 +500,22 @@ FURTHER = {
     "L-BFGS": Case(SecondOrder),
     "the Tuner before": Case(Tunable, lambda: {"around": tunes, "limit_train_batches": 4}),
     "validation and test around": Case(WithTest, lambda: {"around": validates_fits_and_tests}),
+    "SAM with accumulation and clipping": Case(
+        options=lambda: {
+            "strategy": sam(),
+            "accumulate_grad_batches": 2,
+            "gradient_clip_val": 0.5,
+            "max_epochs": 2,
+        },
+        **BESIDE_SAM,
+    ),
+    "SAM by hand": Case(ByClosure, lambda: {"strategy": sam()}, **BESIDE_SAM),
+    "GSAM in mixed precision": Case(options=lambda: {"strategy": sam(variant="gsam"), **scaled()}, **BESIDE_SAM),
+    "samples with replacement": Case(options=lambda: {"strategy": "with_replacement"}, check=replaced),
+    "SAM and samples with replacement": Case(
+        options=lambda: {"strategy": lightning_dynamics.compose_strategy(sam=0.1, order="with_replacement")},
+        **{**BESIDE_SAM, "check": replaced_and_sharpened},
+    ),
     "stochastic weight averaging": Case(Unscheduled, lambda: averaged(StochasticWeightAveraging(1e-3, 1))),
     "stochastic weight averaging first": Case(
         Unscheduled, lambda: averaged(StochasticWeightAveraging(1e-3, 1), "before")
@@ -447,6 +529,10 @@ if hasattr(lightning_callbacks, "WeightAveraging"):  # from Lightning 2.6 on
 
 
 ALSO_NEARLY_THE_SAME = (
+    "SAM with accumulation and clipping",
+    "GSAM in mixed precision",
+    "samples with replacement",
+    "SAM and samples with replacement",
     "two optimizers and a function",
     "16-mixed in its own precision",
     "stochastic weight averaging first",
@@ -486,6 +572,34 @@ def test_a_run_of_another_kind_with_all_monitors_is_the_run_without(tmp_path, na
             for key, value in record.scalars.items():
                 # of a single coordinate, whose curvature may vanish
                 assert math.isfinite(value) or "/median_ratio" in key
+
+
+def test_a_run_with_sam_over_several_batches_is_the_run_without(tmp_path):
+    """With some of the monitors, on samples drawn with replacement."""
+
+    def monitors():
+        often = {"every_n_train_steps": 1}
+        return [
+            HESSIAN(1, 0, spectrum=False, probe=Probe(size=12), **often),
+            SAM(**often),
+            SAM(every_n_train_steps=2, name="other", monitor=True),
+            DISPLACEMENT(**often),
+            SHARPNESS(eigenvalues=False, probe=Probe(draws=4), **often),
+            NOISE(directions=1, samples=False, detail_every_n_train_steps=2, probe=Probe(draws=4), **often),
+        ]
+
+    digests, facts, measured = [], [], monitors()
+    for run, attached in (("without", []), ("with", measured)):
+        strategy = lightning_dynamics.compose_strategy(sam=0.1, order="with_replacement")
+        options = {"strategy": strategy, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+        found, trainer = trained(tmp_path / run, attached, **options)
+        digests.append(found)
+        facts.append(sharpness_of(trainer.lightning_module))
+        replaced_and_sharpened(trainer, trainer.lightning_module)
+    assert same(*digests) == []
+    assert facts[0] == facts[1]
+    for monitor in measured:
+        assert len(monitor.history) >= 2, f"{monitor.label} measured next to nothing"
 
 
 def likelihood(module, batch):

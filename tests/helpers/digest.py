@@ -26,6 +26,8 @@ OURS = (
     "displacement",
     "noise",
     "sharpness",
+    "sam/",
+    "sam_",
     "dynamics/",
 )
 

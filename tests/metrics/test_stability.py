@@ -6,7 +6,7 @@ from helpers.operators import generator
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
 
-from lightning_dynamics.metrics import stability_rule
+from lightning_dynamics.metrics import sam_oscillation, stability_rule
 
 F64 = torch.float64
 
@@ -271,3 +271,52 @@ def test_complex_parameters_count_as_their_real_coordinates(kind):
         rules.append(stability_rule([optimizer], {"p": parameter}))
     scales = [rule.diagonals({"p": torch.Size([2, 2])}, torch.empty(0))[0] for rule in rules]
     torch.testing.assert_close(*scales)
+
+
+def sharpened_by_hand(curvatures, optimizer, reach_of, steps):
+    """SAM on a quadratic with this diagonal Hessian: weights and the last gradient's norm."""
+    diagonal = torch.tensor(curvatures, dtype=F64)
+    weights = nn.Parameter(torch.tensor([0.03, -0.02, 0.01], dtype=F64)[: len(curvatures)])
+    descent, norm = optimizer([weights]), 0.0
+    for _ in range(steps):
+        gradient = diagonal * weights.detach()
+        norm = float(gradient.norm())
+        weights.grad = diagonal * (weights.detach() + reach_of(norm) * gradient)
+        descent.step()
+    return weights.detach(), norm
+
+
+@pytest.mark.parametrize("curvature", [5.0, 10.0, 15.0, 19.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.3])
+def test_sam_ends_in_an_oscillation_at_any_stable_curvature(curvature, momentum):
+    """The number is 1 there, and the edge of the base optimizer far away: no sign of instability."""
+    threshold = 2 * (1 + momentum) / 0.1
+    _, norm = sharpened_by_hand(
+        [curvature, 0.6 * curvature, 0.1],
+        lambda p: SGD(p, 0.1, momentum=momentum),
+        lambda norm: 0.05 / norm,
+        600,
+    )
+    value, error = sam_oscillation(curvature, threshold, 0.05 / norm)
+    assert value == pytest.approx(1, abs=1e-6)
+    assert error == 0
+    if momentum == 0:
+        assert norm == pytest.approx(curvature * 0.1 * curvature * 0.05 / (2 - 0.1 * curvature), rel=1e-6)
+
+
+def test_unnormalized_sam_has_an_edge_of_its_own():
+    """At the curvature (√(1 + 8ρ/η) - 1)/2ρ it loses stability, and there alone the number is 1."""
+    rate, rho = 0.1, 0.05
+    edge = ((1 + 8 * rho / rate) ** 0.5 - 1) / (2 * rho)
+    assert edge < 2 / rate
+    assert sam_oscillation(edge, 2 / rate, rho)[0] == pytest.approx(1, rel=1e-12)
+    for factor, grows in ((1.01, True), (0.99, False)):
+        weights, _ = sharpened_by_hand([factor * edge], lambda p: SGD(p, rate), lambda norm: rho, 500)
+        assert (float(weights.abs()) > 0.03) is grows
+
+
+def test_the_bound_of_an_oscillation_contains_what_the_curvatures_bound_allows():
+    value, error = sam_oscillation(7.0, 20.0, 0.3, bound=0.5)
+    ends = [sam_oscillation(7.0 + d, 20.0, 0.3)[0] for d in (-0.5, 0.5)]
+    assert max(abs(end - value) for end in ends) == pytest.approx(error, rel=1e-12)
+    assert sam_oscillation(7.0, 20.0, 0.0, bound=0.5) == (0.35, 0.025)
