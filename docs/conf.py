@@ -12,6 +12,7 @@ from lightning_dynamics.callbacks.displacement_table import displacement_table
 from lightning_dynamics.callbacks.hessian_table import hessian_table
 from lightning_dynamics.callbacks.ledger import COST
 from lightning_dynamics.callbacks.noise_table import noise_table
+from lightning_dynamics.callbacks.sam_table import sam_table
 from lightning_dynamics.callbacks.sharpness_table import sharpness_table
 
 project = "lightning_dynamics"
@@ -38,6 +39,7 @@ TABLES = {
     "displacement": displacement_table(None, True, True, ["top_1"]),
     "sharpness": sharpness_table(),
     "noise": noise_table(1),
+    "sam": sam_table(),
     "dynamics": COST,
 }
 
