@@ -12,6 +12,7 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.core.optimizer import do_nothing_closure
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.data import _update_dataloader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -39,6 +40,7 @@ __all__ = [
     "loader_states_are_due",
     "only_collects_statistics",
     "optimizer_lists",
+    "other_results",
     "parts",
     "place",
     "previous_loaders",
@@ -105,6 +107,18 @@ def at_batch(trainer: Trainer, number: int) -> Iterator[None]:
 def callbacks(trainer: Trainer) -> list[Callback]:
     """The Trainer's callbacks, in their order."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def other_results(trainer: Trainer) -> Iterator[None]:
+    """With another place for what modules log, which is thrown away."""
+    loop = trainer.fit_loop.epoch_loop
+    before = loop._results
+    loop._results = _ResultCollection(training=True)
+    try:
+        yield
+    finally:
+        loop._results = before
 
 
 def parts(trainer: Trainer) -> list[object]:

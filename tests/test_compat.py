@@ -62,6 +62,9 @@ class Looks(pl.Callback):
         with _compat.at_batch(trainer, 7):
             self.seen["at_batch"] = [_compat.batch_number(trainer)]
         self.seen["at_batch"].append(_compat.batch_number(trainer))
+        with _compat.other_results(trainer):
+            pl_module.log("thrown_away", 1.0)
+        self.seen["other_results"] = "thrown_away" in str(trainer._results)
         _compat.expose_metrics(trainer, {"exposed": 3.0})
         self.seen["expose_metrics"] = trainer.callback_metrics["exposed"]
 
@@ -98,6 +101,7 @@ def test_every_private_name_does_what_is_said_of_it():
     assert seen["curve_step"] == 4
     assert seen["batch_number"] == 1
     assert seen["set_root_device"] == torch.device("cpu")
+    assert seen["other_results"] is False
     assert seen["at_batch"] == [7, 1]
     assert seen["do_nothing_closure"] is None
     assert seen["ends_step"]

@@ -34,6 +34,8 @@ REGISTRIES = frozenset(
 REBUILT = frozenset({"_parameters", "_buffers", "_hparams_initial"})
 _DATA = (Dataset, DataLoader, Sampler)
 CONTAINERS = (list, tuple, dict, deque)
+_PLAIN = frozenset({list, tuple, dict, set})
+_PLAIN_MEMBERS = frozenset({int, float, bool, str, bytes, complex, type(None)})
 
 
 def private_attribute(path: str, key: str, value: Any, memo: dict[int, Any], shared: set[str]) -> Any:
@@ -62,6 +64,10 @@ def private_attribute(path: str, key: str, value: Any, memo: dict[int, Any], sha
         shared.add(path)
         memo[id(value)] = value
         return value
+    if type(value) in _PLAIN and _PLAIN_MEMBERS.issuperset(map(type, _members(value))):
+        # nothing in it can be written to: no need to look at each member
+        memo[id(value)] = flat = value if type(value) is tuple else value.copy()
+        return flat
     if isinstance(value, CONTAINERS):
         _keep_data(value, memo)
     try:
@@ -111,6 +117,10 @@ def all_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(found.values())
 
 
+def _members(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
+
+
 class _Untouchable:
     """Stands for an iterator that cannot be copied: drawing from it would take items away from the run."""
 
@@ -122,6 +132,7 @@ class _Untouchable:
 
     def __next__(self) -> Any:
         raise TypeError(
-            f"The step draws from the iterator `{self._path}`, which cannot be copied: measuring would take items away "
-            "from the run. Let the Trainer load what it draws, or measure another loss with `loss_fn=`."
+            f"The step draws from the iterator `{self._path}`, which cannot be copied: running the step again would "
+            "take items away from the run. Let the Trainer load what it draws. (A monitor can also measure another "
+            "loss, with `loss_fn=`.)"
         )

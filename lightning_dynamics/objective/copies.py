@@ -35,30 +35,38 @@ IMMUTABLE = (
 def private_copy(batch: Any, dtype: torch.dtype | None = None) -> Any:
     """A copy of a batch that may be written to, with floating and complex tensors narrower than ``dtype`` raised.
 
-    Other objects than the usual containers are deep-copied, with the tensors in them treated in the same way.
+    Other objects than the usual containers are deep-copied, with the tensors in them treated in the same way. What is
+    one object in several places of the batch is one in the copy.
     """
+    return _private(batch, dtype, {})
+
+
+def _private(batch: Any, dtype: torch.dtype | None, memo: dict[int, Any]) -> Any:
     if isinstance(batch, Tensor):
-        return _raised(batch, dtype)
+        if id(batch) not in memo:
+            memo[id(batch)] = _raised(batch, dtype)
+        return memo[id(batch)]
     if isinstance(batch, IMMUTABLE):
         return batch
     if type(batch) in (list, tuple):
-        return type(batch)(private_copy(member, dtype) for member in batch)
+        return type(batch)(_private(member, dtype, memo) for member in batch)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(private_copy(member, dtype) for member in batch))
+        return type(batch)(*(_private(member, dtype, memo) for member in batch))
     if type(batch) in (dict, OrderedDict):
-        return type(batch)((key, private_copy(member, dtype)) for key, member in batch.items())
+        return type(batch)((key, _private(member, dtype, memo)) for key, member in batch.items())
 
     def copy_tensor(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         private = memo[id(tensor)] = _raised(tensor, dtype)
         return private
 
     with PrivateTensors(copy_tensor):
-        return copy.deepcopy(batch)
+        return copy.deepcopy(batch, memo)
 
 
 def _raised(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     wide = wider(tensor, dtype)
-    return tensor.detach().clone() if wide is None else tensor.detach().to(wide)
+    private = tensor.detach().clone() if wide is None else tensor.detach().to(wide)
+    return private.requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
 def wider(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -31,7 +31,8 @@ class SAMStrategy(SAMMixin, OneDeviceStrategy):
             normalize it; ``"gsam"`` also descends along the part of the gradient at w that does not change L(w + e)
             (arXiv 2203.08065).
         perturbation: On several processes, whether each perturbs by the gradient of its own batch, or all by the mean.
-        m: Perturb m samples at a time, each by their own gradient, and average (m-SAM). Costs about 2.3 gradients.
+        m: Perturb m samples at a time, each by their own gradient, and average (m-SAM), where the loss is a mean over
+            samples. Costs about 2.3 gradients.
         every_k: Compute a second gradient every k-th step only (LookSAM, arXiv 2203.02714).
         look_alpha: α of LookSAM.
         gsam_alpha: α of GSAM.

@@ -112,8 +112,10 @@ def _wide_norm(tensor: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """At least float32, and dense."""
+    """At least float32, dense and real: real and imaginary parts are coordinates like others."""
     tensor = _dense(tensor)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 

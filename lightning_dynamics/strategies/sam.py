@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from lightning_dynamics import _compat
@@ -67,6 +68,13 @@ class SAMStep:
         return float(self.perturbed_loss - self.loss)
 
 
+_NEEDS_CLOSURE = (
+    "SAM evaluates the loss of a step twice, so it needs to know how: call `optimizer.step(closure)` with a closure "
+    "that calls `optimizer.zero_grad()`, computes the loss and calls `self.manual_backward(loss)` (in an overridden "
+    "`optimizer_step`, the closure that it is given)."
+)
+
+
 class SAMMixin(Strategy):
     """Makes any strategy minimize the loss at weights that were moved uphill (see :class:`SAMStrategy`).
 
@@ -84,7 +92,8 @@ class SAMMixin(Strategy):
         perturbation: On several processes, ``"per_rank"`` perturbs each by the gradient of its own batch, ``"global"``
             all by the mean gradient. Both update by the mean of the gradients at the perturbed weights.
         m: Perturb m samples at a time, each by their own gradient, and average (m-SAM). Must divide the batch size; a
-            short last batch has a smaller last part. None for the whole batch of a step.
+            short last batch has a smaller last part. The loss must be a mean over samples. None for the whole batch of
+            a step.
         every_k: Compute a second gradient every k-th step only (LookSAM); steps between use
             g + look_alpha·(‖g‖/‖v‖)·v, v being the part of the last second gradient that was orthogonal to g.
         look_alpha: α of LookSAM.
@@ -103,7 +112,9 @@ class SAMMixin(Strategy):
     _looks: bool
     _replays: bool
     _counts: dict[int, int]
-    _orthogonal: dict[int, list[Tensor | None]]
+    _orthogonal: dict[int, dict[Tensor, Tensor]]
+    _is_open: bool
+    _in_step: bool
     _last: SAMStep | None
     _gradient_norm: float | None
 
@@ -153,6 +164,7 @@ class SAMMixin(Strategy):
         self.observed = False
         """Whether the next steps also compute what costs more: the cosine, and the perturbation's norm for ASAM."""
         self._restored: dict[str, Any] | None = None
+        self._handles: list[Any] = []
         self._forget()
 
     @property
@@ -180,17 +192,20 @@ class SAMMixin(Strategy):
         if restored is not None:
             self._counts = {int(index): int(count) for index, count in restored["steps"].items()}
             self._gradient_norm = restored["gradient_norm"]
-            for index, vectors in restored["orthogonal"].items():
+            for index, vectors in restored["orthogonal"].items() if self.every_k > 1 else ():
                 parameters = parameters_of(self.optimizers[int(index)])
-                self._orthogonal[int(index)] = [
-                    None if v is None else v.to(p) for p, v in zip(parameters, vectors, strict=True)
-                ]
+                self._orthogonal[int(index)] = {
+                    p: v.to(p) for p, v in zip(parameters, vectors, strict=True) if v is not None
+                }
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Optimizer):
+                self._handles.append(optimizer.register_step_pre_hook(self._refuse_bare_step))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         trainer, module = self._trained
         if self._replays or not module.automatic_optimization or _compat.only_collects_statistics(trainer):
             return super().training_step(*args, **kwargs)
-        if self._begins_window:
+        if self._begins_window or not self._is_open:  # a run that was resumed within a step has lost its beginning
             self._open_window(self.optimizers[0])
         if not self._rho_now:
             return super().training_step(*args, **kwargs)
@@ -201,7 +216,8 @@ class SAMMixin(Strategy):
         return self._window.run(super().training_step, arguments)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        self._losses.append(closure_loss.detach().clone())
+        if self._is_open:
+            self._losses.append(closure_loss.detach().clone())
         if self.m is not None and self._rho_now and not self._replays:  # parts of the batch are differentiated
             return closure_loss
         return super().backward(closure_loss, optimizer, *args, **kwargs)
@@ -211,30 +227,39 @@ class SAMMixin(Strategy):
         if module.automatic_optimization and _compat.only_collects_statistics(trainer):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         if closure is _compat.do_nothing_closure:
-            raise MisconfigurationException(
-                "SAM evaluates the loss of a step twice, so it needs to know how: call `optimizer.step(closure)` with "
-                "a closure that calls `optimizer.zero_grad()`, computes the loss and calls `self.manual_backward(loss)`"
-                " (in an overridden `optimizer_step`, the closure that it is given)."
-            )
+            raise MisconfigurationException(_NEEDS_CLOSURE)
         calls = iter([closure])
-        return super().optimizer_step(optimizer, partial(self._sharpen, optimizer, calls), model, **kwargs)
+        self._in_step = True
+        try:
+            return super().optimizer_step(optimizer, partial(self._sharpen, optimizer, calls), model, **kwargs)
+        finally:
+            self._in_step = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        checkpoint[CHECKPOINT_KEY] = {
-            "steps": dict(self._counts),
-            "gradient_norm": self._gradient_norm,
-            "orthogonal": dict(self._orthogonal),
-        }
+        if "optimizer_states" in checkpoint:  # not of weights alone
+            checkpoint[CHECKPOINT_KEY] = {
+                "steps": dict(self._counts),
+                "gradient_norm": self._gradient_norm,
+                "orthogonal": {
+                    index: [vectors.get(parameter) for parameter in parameters_of(self.optimizers[index])]
+                    for index, vectors in self._orthogonal.items()
+                },
+            }
         super().save_checkpoint(checkpoint, *args, **kwargs)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(*args, **kwargs)
-        self._restored = checkpoint.get(CHECKPOINT_KEY)
+        if self._trained[0].state.fn == TrainerFn.FITTING:
+            self._restored = checkpoint.get(CHECKPOINT_KEY)
         return checkpoint
 
     def teardown(self) -> None:
         super().teardown()
         self._close_window()
+        self._window = self._restored = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # The two evaluations
 
@@ -247,7 +272,7 @@ class SAMMixin(Strategy):
             )
         _, module = self._trained
         by_hand = not module.automatic_optimization
-        if by_hand or self._begins_window:
+        if by_hand or self._begins_window or not self._is_open:
             self._open_window(optimizer)
         assert self._window is not None
         if by_hand and self._rho_now:
@@ -284,7 +309,7 @@ class SAMMixin(Strategy):
             kept = self._set_aside(gradients) if decomposes or self.observed else []
             perturbed_loss = again()
         if kept and self.perturbation == "per_rank":
-            kept = self._averaged(kept)
+            kept = self._averaged(kept, parameters)
         second = [parameter.grad for parameter in parameters]
         cosine = cosine_of(kept, second) if self.observed else None
         if self.variant == "gsam":
@@ -294,8 +319,11 @@ class SAMMixin(Strategy):
             )
         elif self.every_k > 1:
             rest = across(second, kept)
-            self._orthogonal[self._index(optimizer)] = [None if r is None else r / scale for r in rest]
-        self._note(rho, loss, perturbed_loss, length / scale, moved, cosine)
+            self._orthogonal[self._index(optimizer)] = {
+                p: r / scale for p, r in zip(parameters, rest, strict=True) if r is not None
+            }
+        assert self._window is not None
+        self._note(rho, loss, perturbed_loss, length / scale, moved, cosine, len(self._window.batches))
 
     def _step_in_parts(self, optimizer: Optimizer, window: Sequence[Batch], rho: float) -> None:
         """m-SAM: each part of each batch is perturbed by its own gradient."""
@@ -311,9 +339,7 @@ class SAMMixin(Strategy):
                 losses.append(self._evaluate(optimizer, part, share, batch.number))
                 gradients = [parameter.grad for parameter in parameters]
                 length = norm([g for g in gradients if g is not None])
-                if not math.isfinite(length):
-                    is_finite = False
-                    break
+                is_finite &= math.isfinite(length)
                 scale = self._loss_scale * share
                 with self._perturbed(parameters, gradients, rho, length, scale) as moved:
                     if before is not None:
@@ -331,7 +357,7 @@ class SAMMixin(Strategy):
         if not self._everywhere(is_finite):
             self._spoil(parameters)
             return
-        total = self._averaged(total)
+        total = self._averaged(total, parameters)
         for parameter, gradient in zip(parameters, total, strict=True):
             parameter.grad = gradient
         self._note(
@@ -340,7 +366,8 @@ class SAMMixin(Strategy):
             torch.stack(perturbed_losses).sum(),
             _mean(lengths, shares),
             None if None in moves else _mean(moves, shares),
-            cosine_of(self._averaged(first), total) if self.observed else None,
+            cosine_of(self._averaged(first, parameters), total) if self.observed else None,
+            len(window),
         )
 
     def _parts(self, window: Sequence[Batch]) -> Iterator[tuple[Batch, tuple[Any, ...], float]]:
@@ -422,7 +449,7 @@ class SAMMixin(Strategy):
         )
         moved: float | None = 0.0
         try:
-            if divisor > 0 and length > 0:
+            if divisor > 0 and 0 < length < math.inf:
                 climb(weights, steps, rho, divisor, scales)
                 moved = rho * length / divisor
                 if scales is not None:
@@ -437,9 +464,9 @@ class SAMMixin(Strategy):
 
     def _look(self, optimizer: Optimizer) -> None:
         """LookSAM between two steps with a second gradient."""
-        orthogonal = self._orthogonal[self._index(optimizer)]
         parameters = parameters_of(optimizer)
         gradients = [parameter.grad for parameter in parameters]
+        orthogonal = [self._orthogonal[self._index(optimizer)].get(parameter) for parameter in parameters]
         length = norm([v for v in orthogonal if v is not None])
         if length > 0:
             factor = self.look_alpha * norm([g for g in gradients if g is not None]) / length
@@ -447,19 +474,33 @@ class SAMMixin(Strategy):
                 parameters, [combine((g, 1), (v, factor)) for g, v in zip(gradients, orthogonal, strict=True)]
             )
 
+    def _refuse_bare_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """An optimizer makes a step that has not come through the strategy."""
+        if not self._in_step and not _compat.only_collects_statistics(self._trained[0]):
+            raise MisconfigurationException(
+                f"{_NEEDS_CLOSURE} This {type(optimizer).__name__} stepped by itself: use the one that "
+                "`self.optimizers()` returns."
+            )
+
     # The window of batches that make a step
 
     def _open_window(self, optimizer: Optimizer) -> None:
         self._close_window()
+        self._is_open = True
+        if not parameters_of(optimizer):
+            return
+        rho = self.rho
+        if callable(rho):
+            rho = rho(self._trained[0].global_step, float(optimizer.param_groups[0]["lr"]))
+            _check_number("rho", rho)
         index = self._index(optimizer)
+        if not rho:
+            self._orthogonal.pop(index, None)
         self._looks = self._counts.get(index, 0) % self.every_k != 0 and index in self._orthogonal
-        if not self._looks:
-            step, lr = self._trained[0].global_step, float(optimizer.param_groups[0]["lr"])
-            self._rho_now = self.rho(step, lr) if callable(self.rho) else self.rho
-            _check_number("rho", self._rho_now)
+        self._rho_now = 0.0 if self._looks else rho
 
     def _close_window(self) -> None:
-        self._losses, self._rho_now, self._looks = [], 0.0, False
+        self._losses, self._rho_now, self._looks, self._is_open = [], 0.0, False, False
         if self._window is not None:
             self._window.close()
 
@@ -469,6 +510,8 @@ class SAMMixin(Strategy):
         self._losses = []
         self._rho_now = 0.0
         self._looks = False
+        self._is_open = False
+        self._in_step = False
         self._replays = False
         self._counts = {}
         self._orthogonal = {}
@@ -509,9 +552,20 @@ class SAMMixin(Strategy):
         """Without communication in backward passes, where there is any."""
         return self.block_backward_sync() if block and isinstance(self, ParallelStrategy) else nullcontext()
 
-    def _averaged(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The mean over ranks, in place."""
-        return [None if gradient is None else self.reduce(gradient, reduce_op="mean") for gradient in gradients]
+    def _averaged(self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """The mean over ranks, as DDP forms it: a gradient that a rank does not have counts as zero."""
+        if not isinstance(self, ParallelStrategy):
+            return list(gradients)
+        present = torch.tensor([gradient is not None for gradient in gradients], device=self.root_device).float()
+        everywhere = self.reduce(present, reduce_op="sum").tolist()
+        averaged: list[Tensor | None] = []
+        for gradient, parameter, count in zip(gradients, parameters, everywhere, strict=True):
+            if count:
+                own = torch.zeros_like(parameter) if gradient is None else gradient
+                averaged.append(self.reduce(own.to_dense() if own.is_sparse else own, reduce_op="mean"))
+            else:
+                averaged.append(None)
+        return averaged
 
     def _everywhere(self, decision: bool) -> bool:
         """Whether it holds on all ranks, where they differ."""
@@ -541,8 +595,13 @@ class SAMMixin(Strategy):
         length: float,
         moved: float | None,
         cosine: float | None,
+        batches: int,
     ) -> None:
-        self._last = SAMStep(self._trained[0].global_step, rho, loss, perturbed_loss, length, moved, cosine)
+        trainer, module = self._trained
+        # Lightning divides by the number of batches that it accumulates, also where an epoch ends with fewer
+        share = trainer.accumulate_grad_batches / batches if module.automatic_optimization else 1.0
+        losses = loss * share, perturbed_loss * share
+        self._last = SAMStep(trainer.global_step, rho, *losses, length, moved, cosine)
         self._gradient_norm = length
 
     def _check(self, trainer: Trainer) -> None:
@@ -559,7 +618,13 @@ class SAMMixin(Strategy):
                     f"`configure_optimizers` returns a {name}, and the strategy does SAM already: return its base "
                     "optimizer."
                 )
-        _, module = self._trained
+        module = self._trained[1]
+        unsized = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if is_lazy(tensor)]
+        if unsized:
+            raise MisconfigurationException(
+                f"`{unsized[0]}` belongs to a lazy layer and has no size yet. Run the module once on a batch before "
+                "training starts, for example at the end of `configure_model`."
+            )
         if self.m is not None and not module.automatic_optimization:
             raise MisconfigurationException(
                 "`m` splits the batch that Lightning hands to `training_step`, and this module optimizes by hand: "

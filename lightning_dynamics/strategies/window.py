@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -17,6 +21,8 @@ from lightning_dynamics.objective.copies import private_copy
 from lightning_dynamics.objective.randomness import RandomState, fork_rng
 from lightning_dynamics.objective.rerun import Rerun
 from lightning_dynamics.objective.signals import DeferredSignals
+
+_WRITES = ("log_metrics", "log_hyperparams", "log_graph", "log_image", "save", "finalize", "after_save_checkpoint")
 
 
 @dataclass
@@ -49,6 +55,7 @@ class Window:
         self.batches: list[Batch] = []
         self._same_noise = same_noise
         self._rerun = Rerun(module)
+        self._has_told = False
 
     def close(self) -> None:
         """Forget the batches."""
@@ -57,7 +64,13 @@ class Window:
 
     def run(self, step: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """Run the module's step on its next batch, and add the batch unless the step skips it."""
-        copies = tuple(private_copy(argument) for argument in arguments)
+        try:
+            copies = private_copy(arguments)
+        except Exception as error:
+            raise MisconfigurationException(
+                f"SAM keeps a copy of each batch, since a step may write into it; this one cannot be "
+                f"copied ({type(error).__name__}: {error}). Let its class define `__deepcopy__`."
+            ) from error
         batch = Batch(copies, _compat.batch_number(self.trainer))
         # noted where the module's own code begins: a wrapper sends buffers first, and may move the batch
         with _first(self.module, "training_step", lambda: self._note(batch)):
@@ -90,8 +103,9 @@ class Window:
             for submodule in self.module.modules():
                 if isinstance(submodule, LightningModule):
                     vars(submodule).update(dict.fromkeys(("log", "log_dict", "print"), _nothing))
-            loggers = [_compat.DummyLogger()] if self.trainer.loggers else []
+            loggers = [_silent(logger) for logger in self.trainer.loggers]
             stack.enter_context(_attribute(self.trainer, _compat.LOGGERS, loggers))
+            stack.enter_context(_compat.other_results(self.trainer))
             if isinstance(model, DistributedDataParallel):  # the copies have the values that were sent the first time
                 stack.enter_context(_attribute(model, "broadcast_buffers", False))
             try:
@@ -109,6 +123,12 @@ class Window:
             kept = [*_compat.parts(self.trainer), *_compat.callbacks(self.trainer), *self.trainer.loggers]
             trained = [parameter for optimizer in optimizers for parameter in parameters_of(optimizer)]
             self._rerun.mark(trained, [*kept, *optimizers, *wrapped, *schedulers])
+            if self._rerun.shared and not self._has_told:
+                self._has_told = True
+                rank_zero_warn(
+                    "SAM runs the step twice, and shares between the two what it cannot copy: "
+                    f"{', '.join(sorted(self._rerun.shared))}."
+                )
         if self._same_noise:
             batch.random = RandomState()
 
@@ -151,6 +171,20 @@ def _first(owner: object, name: str, action: Callable[[], None]) -> Iterator[Non
     finally:
         if attributes.get(name) is act_first:
             put_back()
+
+
+@cache
+def _silenced(kind: type[Logger]) -> type[Logger]:
+    """The class of a logger without everything that writes."""
+    silent: dict[str, Any] = dict.fromkeys(_WRITES, _nothing)
+    return type(kind.__name__, (kind,), {**silent, "experiment": property(lambda _: _compat.DummyLogger().experiment)})
+
+
+def _silent(logger: Logger) -> Logger:
+    """A logger that knows its folder and its name, and writes nothing."""
+    silent = object.__new__(_silenced(type(logger)))
+    vars(silent).update(vars(logger))
+    return silent
 
 
 def _nothing(*_: Any, **__: Any) -> None:
