@@ -12,19 +12,17 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.nn.parameter import is_lazy
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_dynamics import _compat
 from lightning_dynamics.objective.randomness import RandomState
 from lightning_dynamics.objective.replay import batch_length
 from lightning_dynamics.objective.samples import slices
+from lightning_dynamics.strategies.checks import check_number, check_options, check_run
 from lightning_dynamics.strategies.perturbation import (
-    DEFAULT_RHO,
-    VARIANTS,
     Variant,
     across,
     adaptive_norm,
@@ -132,28 +130,7 @@ class SAMMixin(Strategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _check_choice("variant", variant, VARIANTS)
-        _check_choice("perturbation", perturbation, ("per_rank", "global"))
-        if not callable(rho):
-            if rho is None and variant not in DEFAULT_RHO:
-                raise MisconfigurationException("Unnormalized SAM has no usual `rho`, give one: e = rho · g.")
-            rho = DEFAULT_RHO[variant] if rho is None else rho
-            _check_number("rho", rho)
-        _check_number("look_alpha", look_alpha)
-        _check_number("gsam_alpha", gsam_alpha)
-        for name, count in (("m", 1 if m is None else m), ("every_k", every_k)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise MisconfigurationException(f"`{name}` must be a positive int, got {count!r}.")
-        if not isinstance(same_noise, bool):
-            raise MisconfigurationException(f"`same_noise` must be True or False, got {same_noise!r}.")
-        if m is not None and (every_k > 1 or variant == "gsam" or perturbation == "global"):
-            raise MisconfigurationException(
-                "`m` perturbs parts of each rank's batch by themselves, which goes with neither `every_k`, "
-                "`variant='gsam'` nor `perturbation='global'`."
-            )
-        if variant == "gsam" and every_k > 1:
-            raise MisconfigurationException("`every_k` and `variant='gsam'` decompose the same two gradients: use one.")
-        self.rho = rho
+        self.rho = check_options(rho, variant, perturbation, m, every_k, look_alpha, gsam_alpha, same_noise)
         self.variant = variant
         self.perturbation = perturbation
         self.m = m
@@ -182,7 +159,7 @@ class SAMMixin(Strategy):
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._check(trainer)
+            check_run(self, trainer)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -492,7 +469,7 @@ class SAMMixin(Strategy):
         rho = self.rho
         if callable(rho):
             rho = rho(self._trained[0].global_step, float(optimizer.param_groups[0]["lr"]))
-            _check_number("rho", rho)
+            check_number("rho", rho)
         index = self._index(optimizer)
         if not rho:
             self._orthogonal.pop(index, None)
@@ -604,51 +581,6 @@ class SAMMixin(Strategy):
         self._last = SAMStep(trainer.global_step, rho, *losses, length, moved, cosine)
         self._gradient_norm = length
 
-    def _check(self, trainer: Trainer) -> None:
-        """Refuse what SAM cannot be done with, before training starts."""
-        for optimizer in self.optimizers:
-            name = type(optimizer).__name__
-            if isinstance(optimizer, LBFGS):
-                raise MisconfigurationException(
-                    "LBFGS evaluates its closure several times in a step, which SAM does not support: use a first-order"
-                    " optimizer (SGD, AdamW, ...)."
-                )
-            if name.upper().endswith("SAM"):
-                raise MisconfigurationException(
-                    f"`configure_optimizers` returns a {name}, and the strategy does SAM already: return its base "
-                    "optimizer."
-                )
-        module = self._trained[1]
-        unsized = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if is_lazy(tensor)]
-        if unsized:
-            raise MisconfigurationException(
-                f"`{unsized[0]}` belongs to a lazy layer and has no size yet. Run the module once on a batch before "
-                "training starts, for example at the end of `configure_model`."
-            )
-        if self.m is not None and not module.automatic_optimization:
-            raise MisconfigurationException(
-                "`m` splits the batch that Lightning hands to `training_step`, and this module optimizes by hand: "
-                "split it there."
-            )
-        if module.automatic_optimization and _compat.is_param_in_hook_signature(
-            module.training_step, "dataloader_iter", explicit=True
-        ):
-            raise MisconfigurationException(
-                "SAM evaluates a batch twice, and a `training_step` with `dataloader_iter` draws its own: let it take "
-                "`batch`."
-            )
-        if self.perturbation == "per_rank" and isinstance(self, ModelParallelStrategy):
-            raise MisconfigurationException(
-                "Gradients of sharded weights are averaged as they are computed: use `perturbation='global'`."
-            )
-        if self.perturbation == "per_rank" and getattr(self.model, "static_graph", False):
-            raise MisconfigurationException(
-                "A gradient of each rank by itself is not possible with `static_graph=True`: leave it out, or use "
-                "`perturbation='global'`."
-            )
-        if self.every_k > 1 and isinstance(self, ModelParallelStrategy):
-            raise MisconfigurationException("`every_k` keeps a gradient, which is not supported for sharded weights.")
-
     def _check_parts(self, batch: Any) -> None:
         size = batch_length(batch)
         if size % (self.m or 1):
@@ -670,13 +602,3 @@ def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | No
 
 def _mean(values: Sequence[Any], shares: Sequence[float]) -> float:
     return float(sum(value * share for value, share in zip(values, shares, strict=True)) / sum(shares))
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise MisconfigurationException(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise MisconfigurationException(f"`{name}` must be a finite number, not negative, got {value!r}.")
