@@ -50,6 +50,7 @@ __all__ = [
     "rewind_epoch",
     "scheduler_configs_with",
     "set_root_device",
+    "shards_data",
     "step_trackers",
     "training_loaders",
     "transforming_datamodule",
@@ -184,6 +185,11 @@ def set_root_device(strategy: SingleDeviceStrategy, device: torch.device) -> Non
     strategy._root_device = device
 
 
+def shards_data(trainer: Trainer) -> bool:
+    """Whether Lightning deals the training samples out to the processes, or there is only one."""
+    return trainer.world_size == 1 or bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
 def step_trackers(trainer: Trainer, step: int) -> list[tuple[object, int]]:
     """Where the Trainer counts optimizer steps, with the count at which its global step is ``step``."""
     loop = trainer.fit_loop.epoch_loop
@@ -263,7 +269,10 @@ def repair_progress(trainer: Trainer) -> None:
         batches.increment_completed()
         _begin_epoch(trainer, epochs.ready)
     elif epochs.started == epochs.processed:
-        _begin_epoch(trainer, epochs.processed)
+        if 0 < batches.current.completed < trainer.num_training_batches:  # `max_steps` ended it before its last batch
+            _reenter_epoch(trainer)
+        else:
+            _begin_epoch(trainer, epochs.processed)
     elif saved and not hasattr(loop, "restarted_on_train_batch_end"):
         assert trainer.fit_loop._data_fetcher is not None
         # a validation that is due comes first, and counts the step after it
@@ -302,6 +311,19 @@ def reopen_loaders(trainer: Trainer) -> None:
 def _saved_after_batch(batches: Any) -> bool:
     """Whether a checkpoint was written in ``on_train_batch_end``, when the batch did not count as completed yet."""
     return bool(batches.ready == batches.started == batches.processed == batches.completed + 1)
+
+
+def _reenter_epoch(trainer: Trainer) -> None:
+    """Put the loops where they are within an epoch that was counted as over."""
+    loop = trainer.fit_loop
+    trackers: tuple[Any, Any] = loop.epoch_progress.total, loop.epoch_progress.current
+    knows_stages = hasattr(loop, "_restart_stage")
+    for epochs in trackers:
+        epochs.processed = epochs.completed = epochs.started - 1
+        if not knows_stages:  # it counts the epoch when it goes on
+            epochs.ready = epochs.started = epochs.processed
+    if knows_stages:
+        loop._restart_stage = "restarted_mid_epoch"
 
 
 def _begin_epoch(trainer: Trainer, number: int) -> None:

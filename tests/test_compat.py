@@ -54,6 +54,7 @@ class Looks(pl.Callback):
                 hasattr(pl_module, _compat.DTYPE),
                 *(hasattr(trainer.strategy, name) for name in _compat.OPTIMIZERS),
             ],
+            "shards_data": _compat.shards_data(trainer),
             "DummyLogger": _compat.DummyLogger().experiment,
             "do_nothing_closure": _compat.do_nothing_closure(),
         }
@@ -105,6 +106,7 @@ def test_every_private_name_does_what_is_said_of_it():
     assert seen["at_batch"] == [7, 1]
     assert seen["do_nothing_closure"] is None
     assert seen["ends_step"]
+    assert seen["shards_data"] is True
     assert seen["step_trackers"] == [(4, 4)]
     assert seen["epoch_tracker"] == [1, 1]
     assert looks in seen["callbacks"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lightning.pytorch import Trainer
 
 from lightning_dynamics.strategies import SAMMixin
+from lightning_dynamics.strategies.noisy_descent import NoisyDescentMixin
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def perturbation(trainer: Trainer) -> Perturbation | str | None:
     strategy = trainer.strategy
     if not isinstance(strategy, SAMMixin):
         return None
+    if isinstance(strategy, NoisyDescentMixin):
+        return "the gradient that perturbs is noisy"
     if strategy.variant not in ("sam", "usam"):
         return f"no theory of {strategy.variant.upper()}"
     if strategy.m is not None or (trainer.world_size > 1 and strategy.perturbation == "per_rank"):

@@ -18,7 +18,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dynamics import _compat
-from lightning_dynamics.objective.randomness import stream_seed
+from lightning_dynamics.strategies.seeds import generator_of, shared_seed
 
 Noise = Literal["anisotropic", "diagonal", "isotropic"]
 """The covariance of the injected noise: that of a batch's gradient, its diagonal, or its trace spread evenly."""
@@ -57,7 +57,7 @@ def batch_weights(samples: int, batches: int, seed: int, step: int) -> Tensor:
     Returns:
         Weights in float64, ``(k,)``, with mean 1.
     """
-    z = torch.randn(batches, generator=_generator(seed, step), dtype=torch.float64)
+    z = torch.randn(batches, generator=generator_of("noise", seed, step), dtype=torch.float64)
     return 1 + batches * noise_scale(samples, batches) * (z - z.mean())
 
 
@@ -91,6 +91,7 @@ class NoisyDescentMixin(Strategy):
         super().__init__(*args, **kwargs)
         self._noise: Noise = noise
         self._noise_seed = noise_seed
+        self._shared_seed: int | None = None
         self._accumulates_for: Trainer | None = None
         self._samples = 0
         self._batches = 0
@@ -104,16 +105,25 @@ class NoisyDescentMixin(Strategy):
 
     @property
     def noise_seed(self) -> int:
-        """Seed of the noise: the one given, else that of ``seed_everything``, else 0."""
+        """Seed of the noise: the one given, else that of ``seed_everything``, else 0; rank zero's in a fit."""
+        if self._shared_seed is not None:
+            return self._shared_seed
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._noise_seed is None else self._noise_seed
 
-    def setup(self, trainer: Trainer) -> None:
+    def setup_environment(self) -> None:
         """Let the Trainer accumulate; refuse what does not go together with that."""
+        super().setup_environment()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
         if trainer.state.fn == TrainerFn.FITTING:
+            self._shared_seed = shared_seed(self, self._noise_seed)
             self._check(trainer)
-            # before the optimizers are made, whose schedules may ask for the number of steps
+            # before anything asks for the number of steps
             trainer.accumulate_grad_batches = _WHOLE_EPOCH
             self._accumulates_for = trainer
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse optimizers that evaluate a step several times."""
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and any(isinstance(o, LBFGS) for o in self.optimizers):
             raise MisconfigurationException(
@@ -178,7 +188,7 @@ class NoisyDescentMixin(Strategy):
         def noisy() -> Any:
             result = closure()
             if self._moments is not None:
-                generator = _generator(self.noise_seed, module.trainer.global_step)
+                generator = generator_of("noise", self.noise_seed, module.trainer.global_step)
                 scale = self._batches * noise_scale(self._samples, self._batches)
                 self._moments.give(scale, generator, evenly=self.noise == "isotropic")
                 self._moments = None
@@ -216,6 +226,16 @@ class NoisyDescentMixin(Strategy):
                 "All batches of an epoch make one step: leave `accumulate_grad_batches` at 1 and the "
                 "`GradientAccumulationScheduler` out. With `limit_train_batches` fewer batches make one."
             )
+        if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "The number of batches of a step is that of the first epoch: leave `reload_dataloaders_every_n_epochs` "
+                "out."
+            )
+        if (order := getattr(self, "order", None)) in ("with_replacement", "independent_batches"):
+            raise MisconfigurationException(
+                f"The batches of an epoch make the whole gradient where each sample comes once, and `{order}` repeats "
+                "samples: use `random_reshuffling`, `single_shuffle` or `incremental` with noise."
+            )
         if self.handles_gradient_accumulation:
             raise MisconfigurationException(f"{type(self).__name__} accumulates gradients by itself: use 'ddp'.")
         if self.noise != "anisotropic" and trainer.world_size > 1 and not isinstance(self, DDPStrategy):
@@ -239,6 +259,8 @@ class _Moments:
         for parameter in module.parameters():
             if (g := parameter.grad) is None:
                 continue
+            if g.is_sparse:
+                g = parameter.grad = g.to_dense()
             if parameter not in self._sums:
                 dtype = torch.promote_types(g.dtype, torch.float32)
                 self._sums[parameter], self._squares[parameter] = (torch.zeros_like(g, dtype=dtype) for _ in range(2))
@@ -275,7 +297,3 @@ def _samples(loaders: list[Any], batches: int, world_size: int) -> int:
     sampler: Any = loader.sampler if loader.batch_size else getattr(loader.batch_sampler, "sampler", loader.sampler)
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
     return min(len(sampler), batches * int(size)) * world_size
-
-
-def _generator(*key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(stream_seed(*key))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Sampler
 
-from lightning_dynamics.objective.randomness import stream_seed
+from lightning_dynamics.strategies.seeds import generator_of
 
 Order = Literal["random_reshuffling", "single_shuffle", "incremental", "with_replacement", "independent_batches"]
 """How the samples of an epoch are drawn."""
@@ -37,18 +37,19 @@ def drawn(order: Order, population: int, size: int, batch_size: int, key: Sequen
         ``size`` positions. The first ones do not depend on ``size``, except in the last independent batch.
     """
     if order == "independent_batches":
-        for number, start in enumerate(range(0, size, batch_size)):
-            yield from _subset(population, min(batch_size, size - start), _generator(*key, number))
+        generator = generator_of("order", *key)  # one for all batches: few bits of a seed count
+        for start in range(0, size, batch_size):
+            yield from _subset(population, min(batch_size, size - start), generator)
         return
     if order == "with_replacement":
-        generator = _generator(*key)
+        generator = generator_of("order", *key)
         yield from torch.randint(population, (population,), generator=generator).tolist()
         yield from torch.randint(population, (size - population,), generator=generator).tolist()
         return
     if order == "incremental":
         once: Sequence[int] = range(population)
     else:
-        generator = _generator(*(key[:2] if order == "single_shuffle" else key))
+        generator = generator_of("order", *(key[:2] if order == "single_shuffle" else key))
         once = torch.randperm(population, generator=generator).tolist()
     for start in range(0, size, population):
         yield from once[: size - start]
@@ -97,6 +98,8 @@ class OrderSampler(Sampler[int]):
         self._skipped = 0
         self._pass = 0
         self._is_under_way = False
+        self.iterations = 0
+        """How often it has been iterated."""
 
     @property
     def replacement(self) -> bool:
@@ -158,6 +161,7 @@ class OrderSampler(Sampler[int]):
         return -(-len(self.members) // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
+        self.iterations += 1
         skipped = self.skipped_batches * self.batch_size if self.skips else 0
         if self._is_under_way:
             self._pass += 1
@@ -166,23 +170,34 @@ class OrderSampler(Sampler[int]):
 
 
 class ContinuedBatches:
-    """A batch sampler of the user's own without the batches that were used before the run was interrupted."""
+    """A batch sampler of the user's own without the batches that were used before the run was interrupted.
+
+    Attributes:
+        batches: The batch sampler.
+        sampler: The order that it draws from.
+    """
 
     def __init__(self, batches: Any, sampler: OrderSampler) -> None:
-        self._batches = batches
+        self.batches = batches
         self.sampler = sampler
+        self._drawn_before = sampler.iterations
+
+    @property
+    def ignores_order(self) -> bool:
+        """Whether it has made batches without asking for the order: it has made them once and for all."""
+        return self.sampler.iterations == self._drawn_before
 
     def __iter__(self) -> Iterator[Any]:
         # asked before the sampler is, and drawn in full, since batches may depend on those before them
-        return islice(iter(self._batches), self.sampler.skipped_batches, None)
+        return islice(iter(self.batches), self.sampler.skipped_batches, None)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.batches)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_batches":
+        if name.startswith("__") or name == "batches":
             raise AttributeError(name)
-        return getattr(self._batches, name)
+        return getattr(self.batches, name)
 
 
 def _subset(population: int, size: int, generator: torch.Generator) -> list[int]:
@@ -194,7 +209,3 @@ def _subset(population: int, size: int, generator: torch.Generator) -> list[int]
         more = torch.randint(population, (size - len(chosen),), generator=generator)
         chosen.update(dict.fromkeys(more.tolist()))
     return list(chosen)
-
-
-def _generator(*key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(stream_seed(*key))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -22,6 +25,7 @@ from torch.utils.data import (
 
 from lightning_dynamics import _compat
 from lightning_dynamics.strategies.order import ORDERS, ContinuedBatches, Order, OrderSampler
+from lightning_dynamics.strategies.seeds import shared_seed
 
 _CURE = "Use another strategy, or a DataLoader over a map-style data set."
 
@@ -31,7 +35,7 @@ class SamplingOrderMixin(Strategy):
 
     The order replaces the sampler of every training loader, Lightning's distributed one too. It is a pure function of
     seed, epoch and the loader's position among several: the same on one process and on many, and after a resume the
-    run goes on with the batch after the last one that made a step.
+    run goes on with the batch after the last one that was used.
 
     Args:
         args: Of the strategy.
@@ -58,6 +62,7 @@ class SamplingOrderMixin(Strategy):
         self._order_seed = order_seed
         self._samplers: list[OrderSampler] = []
         self._set_up_after: object = self  # what held the loaders before those that are being set up
+        self._shared_seed: int | None = None
 
     @property
     def order(self) -> Order:
@@ -66,8 +71,15 @@ class SamplingOrderMixin(Strategy):
 
     @property
     def order_seed(self) -> int:
-        """Seed of the order: the one given, else that of ``seed_everything``, else 0."""
+        """Seed of the order: the one given, else that of ``seed_everything``, else 0; rank zero's in a fit."""
+        if self._shared_seed is not None:
+            return self._shared_seed
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._order_seed is None else self._order_seed
+
+    def setup(self, trainer: Trainer) -> None:
+        """Agree on a seed."""
+        self._shared_seed = shared_seed(self, self._order_seed)
+        super().setup(trainer)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Give a training loader its order; others stay as they are."""
@@ -106,6 +118,15 @@ class SamplingOrderMixin(Strategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """From here on, iterating a loader again is its next pass."""
         super().on_train_batch_start(batch, batch_idx)
+        assert self.lightning_module is not None
+        self._set_up_after = self
+        for loader in _compat.training_loaders(self.lightning_module.trainer) if batch_idx == 0 else ():
+            batches = getattr(loader, "batch_sampler", None)
+            if isinstance(batches, ContinuedBatches) and batches.ignores_order:
+                raise MisconfigurationException(
+                    f"{type(batches.batches).__name__} makes its batches without asking its sampler for the order, "
+                    "once and for all: let it iterate over `self.sampler` in `__iter__`."
+                )
         if batch is not None:  # a step that takes batches from the iterator itself has not taken the first one yet
             for sampler in self._samplers:
                 sampler.go_on()
@@ -123,8 +144,6 @@ class SamplingOrderMixin(Strategy):
             sampler.begin(number, epoch, *divmod(done, length))
         else:
             sampler.begin(number, epoch, 0, done)
-        if sampler.skipped_batches and not sampler.skips and not isinstance(loader.batch_sampler, ContinuedBatches):
-            vars(loader)["batch_sampler"] = ContinuedBatches(loader.batch_sampler, sampler)  # loaders forbid to set it
 
     def _ordered(self, loader: object) -> tuple[object, OrderSampler]:
         """A loader with the order, and its sampler."""
@@ -138,10 +157,19 @@ class SamplingOrderMixin(Strategy):
                 f"The samples of {type(dataset).__name__} come in an order of their own: without a length and indices "
                 f"there is nothing to draw from. {_CURE}"
             )
+        if isinstance(loader.batch_sampler, ContinuedBatches):  # Lightning gives loaders back that it has set up
+            batches, loader = loader.batch_sampler.batches, copy.copy(loader)
+            vars(loader)["batch_sampler"] = batches  # loaders forbid to set it
         batches = loader.batch_sampler
         own_batches = batches is not None and type(batches) is not BatchSampler
         found = getattr(batches, "sampler", None) if own_batches else loader.sampler
         members = _members(_compat.wrapped_sampler(found), len(dataset), self.order)
+        assert self.lightning_module is not None
+        if not _compat.shards_data(self.lightning_module.trainer) and not isinstance(found, DistributedSampler):
+            raise MisconfigurationException(
+                "With `use_distributed_sampler=False` it is not known whether the loader of each process has all "
+                "samples or its own: leave it out, and give every process all samples; the order deals them out."
+            )
         share: dict[str, int] = getattr(self, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
         size = 1 if batches is None else getattr(batches, "batch_size", None)
         if self.order == "independent_batches":
@@ -158,7 +186,8 @@ class SamplingOrderMixin(Strategy):
                 "`batch_size` and `drop_last`."
             ) from error
         if own_batches:
-            _keep_arguments(batches, ordered.batch_sampler, sampler)
+            _keep_arguments(batches, ordered.batch_sampler, found)
+            vars(ordered)["batch_sampler"] = ContinuedBatches(ordered.batch_sampler, sampler)
         return ordered, sampler
 
 
@@ -175,6 +204,13 @@ def _sampler_of(loader: Any) -> OrderSampler:
 
 def _members(sampler: Any, population: int, order: Order) -> Sequence[int]:
     """The samples that a loader's own sampler draws from, all with equal weight."""
+    if isinstance(sampler, OrderSampler):  # of an earlier fit
+        return sampler.members
+    if type(sampler) is RandomSampler and sampler.replacement and order != "with_replacement":
+        raise MisconfigurationException(
+            f"The loader draws with replacement, and `{order}` would draw each sample once: leave out "
+            "`RandomSampler(replacement=True)`, or use `with_replacement`."
+        )
     if type(sampler) is SubsetRandomSampler and len(sampler.indices):
         return [int(i) for i in sampler.indices]
     if type(sampler) in (SequentialSampler, RandomSampler):
@@ -205,9 +241,29 @@ def _check_batches(batches: Any, size: int | None, world_size: int, population: 
         )
 
 
-def _keep_arguments(before: Any, after: Any, sampler: OrderSampler) -> None:
-    """Give a batch sampler that was made anew from its usual arguments the attributes that it had besides."""
+def _keep_arguments(before: Any, after: Any, sampler: Any) -> None:
+    """Give a batch sampler that was made anew from its usual arguments the attributes that it had besides.
+
+    Args:
+        before: The batch sampler.
+        after: The one made anew.
+        sampler: The sampler that the old one drew from; what has to do with it is not kept.
+    """
     if hasattr(before, "__pl_saved_args"):  # made from all of its arguments
         return
-    vars(after).update({name: value for name, value in vars(before).items() if name != "sampler"})
-    after.sampler = sampler
+    vars(after).update({name: value for name, value in vars(before).items() if not _reaches(value, sampler)})
+
+
+def _reaches(thing: Any, sampler: Any, depth: int = 3) -> bool:
+    """Whether a sampler is found in an attribute, or the attribute is an iterator, which may draw from it."""
+    if thing is sampler or isinstance(thing, Iterator):
+        return True
+    if depth == 0 or isinstance(thing, (str, bytes, Tensor, type)):
+        return False
+    if isinstance(thing, (list, tuple, set)):
+        members: Any = thing if len(thing) <= 64 else ()
+    elif isinstance(thing, dict):
+        members = thing.values() if len(thing) <= 64 else ()
+    else:
+        members = vars(thing).values() if hasattr(thing, "__dict__") else ()
+    return any(_reaches(member, sampler, depth - 1) for member in members)

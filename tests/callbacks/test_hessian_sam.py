@@ -128,7 +128,7 @@ def test_after_a_resume_it_is_that_of_the_uninterrupted_run(tmp_path, rho):
         ({}, lambda: Regression(lr=1e-3, optimizer=lambda p: Adam(p, 1e-3)), "not one number"),
         ({}, lambda: Quadratic(lr=0.0), "the learning rate is 0"),
     ],
-    ids=str,
+    ids=lambda each: each if isinstance(each, str) else "",
 )
 def test_where_there_is_no_theory_the_reason_stands_in_the_record(sam, module, reason):
     measured = monitor(every_n_train_steps=2)

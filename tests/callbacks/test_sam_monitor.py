@@ -153,7 +153,7 @@ def test_scheduled_rho_is_that_of_the_step():
         ({"rho": RHO, "every_k": 2}, {1: "`every_k=2`"}),
         ({"rho": lambda step, lr: RHO * (step != 1)}, {1: "ρ = 0"}),
     ],
-    ids=str,
+    ids=["none", "every_k", "scheduled"],
 )
 def test_a_step_that_was_not_perturbed_says_so_and_has_no_values(options, reasons, tmp_path):
     monitor = SAMMonitor(every_n_train_steps=1)

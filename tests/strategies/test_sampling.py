@@ -205,7 +205,6 @@ def test_installing_an_order_draws_no_random_numbers(shuffle):
 def test_samplers_that_take_all_are_replaced():
     for sampler in (
         RandomSampler(Numbered()),
-        RandomSampler(Numbered(), replacement=True),
         SequentialSampler(Numbered()),
         DistributedSampler(Numbered(), num_replicas=2, rank=1, shuffle=False),
     ):
@@ -575,3 +574,81 @@ def test_a_monitor_leaves_a_run_in_an_order_as_it_was():
     assert without.seen == measured.seen
     assert torch.equal(without.net.weight, measured.net.weight)
     assert len(monitor.history) > 2
+
+
+def test_loaders_that_lightning_has_set_up_before_are_taken_again():
+    """It writes what it has processed into the user's CombinedLoader."""
+    both = CombinedLoader({"a": loader(), "b": loader(10, 2)}, "max_size_cycle")
+    first, _ = train(data=both)
+    second, _ = train(data=both)
+    assert second.seen == first.seen
+
+    class Keeps(pl.LightningDataModule):
+        def train_dataloader(self):
+            return both
+
+    again, _ = train(data=Keeps(), reload_dataloaders_every_n_epochs=1, max_epochs=3)
+    assert again.seen[: len(first.seen)] == first.seen[: len(again.seen)]
+    once, _ = train(data=CombinedLoader({"a": loader(), "b": loader(10, 2)}, "max_size_cycle"), max_epochs=3)
+    assert again.seen == once.seen
+
+
+class Nested(BatchSampler):
+    """Draws from a batch sampler of its own."""
+
+    def __init__(self, sampler, batch_size, drop_last):
+        super().__init__(sampler, batch_size, drop_last)
+        self.inner = BatchSampler(sampler, batch_size, drop_last)
+        self.lengths = [1, 2, 3]
+
+    def __iter__(self):
+        return iter(self.inner)
+
+
+class Once(BatchSampler):
+    """Makes its batches when it is made."""
+
+    def __init__(self, sampler, batch_size, drop_last):
+        super().__init__(sampler, batch_size, drop_last)
+        self.made = list(super().__iter__())
+
+    def __iter__(self):
+        return iter(self.made)
+
+
+def test_batch_samplers_that_hold_the_sampler_more_than_once():
+    batches = Nested(RandomSampler(Numbered()), 4, False)
+    module, _ = train("incremental", DataLoader(Numbered(), batch_sampler=batches))
+    assert module.samples(0) == module.samples(1) == list(range(N))
+    with pytest.raises(MisconfigurationException, match="Once makes its batches without asking its sampler"):
+        train(data=DataLoader(Numbered(), batch_sampler=Once(SequentialSampler(Numbered()), 4, False)))
+
+
+def test_a_run_that_max_steps_ended_within_an_epoch_goes_on(tmp_path):
+    options = {"max_epochs": -1, "enable_checkpointing": True}
+    whole, _ = train(max_steps=9, **options)
+    keep = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    first, _ = train(callbacks=[keep], max_steps=3, **options)
+    second, trainer = train(max_steps=9, ckpt_path=tmp_path / "last.ckpt", **options)
+    assert first.seen + second.seen == whole.seen
+    assert trainer.current_epoch == 2
+    for one, other in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_sampler_that_repeats_samples_is_no_permutation():
+    repeats = loader(sampler=RandomSampler(Numbered(), replacement=True))
+    with pytest.raises(MisconfigurationException, match="leave out `RandomSampler"):
+        train(data=repeats)
+    assert train("with_replacement", repeats)[0].samples(0) == expected("with_replacement", 0)
+
+
+def test_batches_of_many_epochs_are_not_drawn_twice():
+    """A generator's seed has few bits: one generator for each batch would soon repeat some."""
+    sampler = OrderSampler(range(1000), "independent_batches", 0, batch_size=10)
+    seen = set()
+    for epoch in range(200):
+        sampler.begin(0, epoch, 0, 0)
+        order = list(sampler)
+        seen |= {tuple(order[start : start + 10]) for start in range(0, 1000, 10)}
+    assert len(seen) == 200 * 100

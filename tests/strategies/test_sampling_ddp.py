@@ -131,15 +131,35 @@ def test_two_ranks_draw_as_one_process_and_go_on_where_they_stopped(tmp_path, or
         assert torch.equal(other["weights"], one["weights"])
 
 
-@pytest.mark.parametrize("wrapped", [False, True])  # by Lightning, for several processes
-def test_ranks_share_a_part_of_the_data_and_are_padded_from_its_start(tmp_path, wrapped):
+def test_ranks_share_a_part_of_the_data_and_are_padded_from_its_start(tmp_path):
     members = [4, 8, 15, 16, 21]
     data = DataLoader(Numbered(), 2, sampler=SubsetRandomSampler(members))
-    ranks = train(tmp_path, "random_reshuffling", data, use_distributed_sampler=wrapped, limit_val_batches=0)
+    ranks = train(tmp_path, "random_reshuffling", data, limit_val_batches=0)
     sampler = OrderSampler(members, "random_reshuffling", 5)
     samples = [[i for epoch, _, batch in one["seen"] if epoch == 0 for i in batch] for one in ranks]
     together = [i for pair in zip(*samples, strict=True) for i in pair]
     assert together == [*sampler, next(iter(sampler))]
+
+
+def test_ranks_that_may_have_their_own_samples_are_refused():
+    with pytest.raises(ProcessRaisedException, match="give every process all samples"):
+        fit([], Follows(), Data(), devices=2, strategy=two("incremental"), use_distributed_sampler=False)
+
+
+class SeedsOfItsOwn(Follows):
+    """Seeds each rank differently, as some do for their augmentation."""
+
+    def setup(self, stage):
+        pl.seed_everything(7 + self.global_rank, verbose=False)
+
+
+def test_ranks_with_seeds_of_their_own_share_one_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    tmp_path.mkdir(exist_ok=True)
+    fit([Report(tmp_path)], SeedsOfItsOwn(), Data(), devices=2, strategy=two("random_reshuffling"), max_epochs=1)
+    ranks = torch.load(tmp_path / "report.pt", weights_only=False)
+    assert sorted(i for one in ranks for _, _, batch in one["seen"] for i in batch) == list(range(N))
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
 
 
 def test_batches_of_all_ranks_must_fit_into_the_data():
