@@ -297,7 +297,7 @@ class SAMMixin(Strategy):
         elif self.every_k > 1:
             rest = across(second, kept)
             self._orthogonal[self._index(optimizer)] = {
-                p: r / scale for p, r in zip(parameters, rest, strict=True) if r is not None
+                p: r for p, r in zip(parameters, rest, strict=True) if r is not None
             }
         assert self._window is not None
         self._note(rho, loss, perturbed_loss, length / scale, moved, cosine, len(self._window.batches))

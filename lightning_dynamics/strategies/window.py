@@ -106,7 +106,7 @@ class Window:
             loggers = [_silent(logger) for logger in self.trainer.loggers]
             stack.enter_context(_attribute(self.trainer, _compat.LOGGERS, loggers))
             stack.enter_context(_compat.other_results(self.trainer))
-            if isinstance(model, DistributedDataParallel):  # the copies have the values that were sent the first time
+            if isinstance(model, DistributedDataParallel):  # what was sent the first time need not be sent again
                 stack.enter_context(_attribute(model, "broadcast_buffers", False))
             try:
                 for parameter, _ in others:

@@ -178,9 +178,10 @@ def test_a_static_graph_must_be_synchronized_at_once(tmp_path):
         two(tmp_path / "found.pt", static_graph=True)
 
 
-def test_batch_norm_has_seen_each_batch_once(tmp_path):
+@pytest.mark.parametrize("perturbation", ["per_rank", "global"])
+def test_batch_norm_has_seen_each_batch_once(tmp_path, perturbation):
     """On both ranks, whose statistics differ until the next step sends those of rank zero."""
-    sharp = two(tmp_path / "sharp.pt", Sharp(), epochs=1)
+    sharp = two(tmp_path / "sharp.pt", Sharp(), epochs=1, perturbation=perturbation)
     assert sharp["net"]["1.num_batches_tracked"] == 3
     assert sharp["calls"] == 3
     assert not torch.equal(sharp["buffers"][0], sharp["buffers"][1])
