@@ -84,7 +84,7 @@ class SAMMixin(Strategy):
         args: Of the strategy.
         rho: ρ, the length of the perturbation, or a function of (global step, learning rate). By default .05, for ASAM
             .5. Unnormalized SAM has no default, since its ρ has the unit of a learning rate.
-        variant: ``"sam"``, e = ρ·g/‖g‖; ``"asam"``, e = ρ·T²g/‖Tg‖ with T = |w| + .01 for parameters whose name
+        variant: ``"sam"``, e = ρ·g/‖g‖; ``"asam"``, e = ρ·T²g/‖Tg‖ with ``T = |w| + .01`` for parameters whose name
             contains "weight", else 1; ``"usam"``, e = ρ·g; ``"gsam"``, SAM's perturbation, and the step is made with
             g_e - α·(part of g orthogonal to g_e), g_e being the gradient at w + e.
         perturbation: On several processes, ``"per_rank"`` perturbs each by the gradient of its own batch, ``"global"``
