@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dynamics import DisplacementMonitor, HessianMonitor, Probe, Record, Reference, Spectrum
-from lightning_dynamics.recording.diffusion_view import DiffusionView
+from lightning_dynamics.recording.figures.diffusion import DiffusionView
 
 SIZE, BATCH = 1_792, 32
 

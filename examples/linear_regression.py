@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from lightning_dynamics import DisplacementMonitor, HessianMonitor, Probe, Record, Reference, Spectrum
 from lightning_dynamics.metrics import HeavyBall, local_exponents
-from lightning_dynamics.recording.diffusion_view import DiffusionView
-from lightning_dynamics.recording.phase_view import PhaseView
+from lightning_dynamics.recording.figures.diffusion import DiffusionView
+from lightning_dynamics.recording.figures.phase import PhaseView
 
 SAMPLES, BATCH = 4_000, 500
 FEW = {"top_1": 6.0, "top_2": 2.0, "bottom_2": 0.5, "bottom_1": 0.16}

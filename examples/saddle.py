@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_dynamics.metrics import epoch_drift
-from lightning_dynamics.recording.figures import BLUE, GREEN, GREY, VERMILION
+from lightning_dynamics.recording.figures.style import BLUE, GREEN, GREY, VERMILION
 
 BATCHES, LR = 8, 0.1
 CURVATURES = (1.0, 0.3, -0.05)  # of the mean loss; the last direction leads down

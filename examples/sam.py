@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dynamics import HessianMonitor, Probe, SAMMonitor, SAMStrategy
-from lightning_dynamics.recording.figures import BLUE, GREEN, GREY, PALE, PURPLE, VERMILION
+from lightning_dynamics.recording.figures.style import BLUE, GREEN, GREY, PALE, PURPLE, VERMILION
 
 TRAINED_ON, LR, BATCH = 1_000, 0.1, 32
 COLOURS = [GREY, BLUE, GREEN, VERMILION, PURPLE]

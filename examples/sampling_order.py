@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dynamics import HessianMonitor, Probe, SamplingOrderStrategy
-from lightning_dynamics.recording.figures import BLUE, GREY, VERMILION
+from lightning_dynamics.recording.figures.style import BLUE, GREY, VERMILION
 
 SAMPLES, BATCH, LR = 512, 8, 0.2
 ORDERS = {"with_replacement": BLUE, "random_reshuffling": VERMILION}

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dynamics import GradientNoiseMonitor, HessianMonitor, Probe, StochasticSharpnessMonitor
-from lightning_dynamics.recording.figures import BLUE, GREEN, GREY, VERMILION
+from lightning_dynamics.recording.figures.style import BLUE, GREEN, GREY, VERMILION
 
 SAMPLES = 1_024
 LARGE = [(32, 0.5), (8, 0.8)]  # batch size and step size

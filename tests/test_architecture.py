@@ -20,7 +20,7 @@ ALLOWED = {
     "linalg": {"torch"},
     "objective": {"torch", "numpy", "linalg"},
     "metrics": {"torch", "torchmetrics", "linalg"},
-    "recording": {"torch", "matplotlib", "wandb"},
+    "recording": {"torch", "matplotlib", "pandas", "plotly", "tensorboard", "wandb", "wandb_workspaces"},
     "strategies": {"torch", "lightning", "objective", "_compat"},
     "callbacks": {
         "torch",

@@ -25,7 +25,8 @@ from lightning_dynamics.callbacks.probe import Probe, ProbeData
 from lightning_dynamics.metrics import StabilityRule
 from lightning_dynamics.objective.replay import Replay
 from lightning_dynamics.recording.quantity import QuantityTable
-from lightning_dynamics.recording.record import Record, new_name, read_records
+from lightning_dynamics.recording.reading import read_records
+from lightning_dynamics.recording.record import Record, new_name
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 

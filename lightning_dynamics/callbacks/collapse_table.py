@@ -12,6 +12,8 @@ _GALANTI = "Galanti, György and Hutter, arXiv 2112.15121"
 _LIU = "Liu et al., arXiv 2303.06484"
 _KINI = "Kini et al., arXiv 2306.07960"
 
+_LOGARITHMIC = ("NC1: variability", "CDNV", "NC2: geometry of class means", "NC3: self-duality")
+
 _FEATURES: tuple[tuple[str, str, str, str, ErrorKind, str], ...] = (
     (
         "nc1",
@@ -248,7 +250,7 @@ def collapse_table(name: str | None, has_validation: bool) -> QuantityTable:
     """
     family = "collapse" if name is None else f"collapse_{name}"
     title = "Neural collapse" if name is None else f"Neural collapse ({name})"
-    return QuantityTable(family, title, tuple(_quantities(has_validation)))
+    return QuantityTable(family, title, tuple(_quantities(has_validation)), headline=("nc1",), log_panels=_LOGARITHMIC)
 
 
 def _quantities(has_validation: bool) -> Iterator[Quantity]:

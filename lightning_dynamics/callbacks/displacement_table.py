@@ -76,7 +76,7 @@ def displacement_table(name: str | None, is_projected: bool, has_probe: bool, mo
                 form="phase",
             )
         )
-    return QuantityTable(family, "Displacement", tuple(quantities))
+    return QuantityTable(family, "Displacement", tuple(quantities), headline=("from_init",))
 
 
 def _moved(error: ErrorKind) -> Iterator[Quantity]:

@@ -45,6 +45,8 @@ def hessian_table(top_k: int, bottom_k: int, operator: str = "hessian", name: st
         operator if name is None else f"{operator}_{name}",
         title if name is None else f"{title} ({name})",
         tuple(quantities),
+        headline=("edge_ratio", "top_1") if operator == "hessian" else ("top_1",),
+        log_panels=("Probe loss", "Gradient norm"),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import re
 import time
@@ -19,22 +18,14 @@ from lightning.pytorch import LightningModule, Trainer
 import lightning_dynamics
 from lightning_dynamics import _compat
 from lightning_dynamics.callbacks.ranks import Ranks
-from lightning_dynamics.recording.diffusion_view import DiffusionView
-from lightning_dynamics.recording.figures import DensityView, DepthLine, DepthView, View
-from lightning_dynamics.recording.phase_view import PhaseView
-from lightning_dynamics.recording.quantity import QuantityTable, about_text, of_layer
-from lightning_dynamics.recording.record import (
-    Parent,
-    Record,
-    RecordFile,
-    join_segments,
-    new_name,
-    read_segments,
-)
+from lightning_dynamics.recording.figures.style import View
+from lightning_dynamics.recording.figures.views import views_of
+from lightning_dynamics.recording.quantity import QuantityTable, about_text
+from lightning_dynamics.recording.reading import join_segments, read_segments
+from lightning_dynamics.recording.record import Cost, Parent, Record, RecordFile, new_name
 from lightning_dynamics.recording.writer import LoggerWriter
 
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
-_LAGS = 10  # half a decade
 
 
 class Journal:
@@ -120,13 +111,20 @@ class Journal:
         for table in tables:
             quantities.update(table.describe())
         if self._file is not None:
-            line = {**header, "quantities": quantities}
+            titles = {table.family: table.title for table in tables}
+            line = {**header, "families": titles, "quantities": quantities}
             self._try_to(partial(self._file.begin, self._run, self._segment, parent, line))
         self._tables = list(tables)
         self._writer.begin(shown, about_text(tables, _facts(header)))
 
-    def write(self, records: Iterable[Record], logged: Mapping[str, float], step: int) -> None:
-        """Keep records of one step, and log values at it in one call."""
+    def write(self, records: Iterable[Record], logged: Mapping[str, float], cost: Cost) -> None:
+        """Keep records of one step, and log values at it in one call.
+
+        Args:
+            records: The records.
+            logged: Values by key.
+            cost: What measuring has cost by this step.
+        """
         views: list[View] = []
         is_last = False
         for record in records:
@@ -136,55 +134,10 @@ class Journal:
             self.records.append(record)
             if self._file is not None:
                 self._try_to(partial(self._file.append, record))
-            views += [*_densities(record, self._tables), *self._through_depth(record), *self._motions(record)]
-        self._writer.write(logged, step, views, is_last)
-
-    def _through_depth(self, record: Record) -> Iterator[DepthView]:
-        """The layers of a record, with those of the records before it that have the same."""
-        layers = list(record.notes.get("layers", ()))
-        if len(layers) < 2:
-            return
-        for table in self._tables:
-            for quantity, key in table.of_form("depth"):
-                names = [f"{table.family}/{name}" for pair in quantity.shows for name in pair if name is not None]
-                if any(name in record.scalars for name in names):
-                    lines = partial(self._lines, record.monitor, layers, names, f"{table.family}/")
-                    yield DepthView(key, layers, quantity.shows, lines, table.title)
-
-    def _lines(self, monitor: str, layers: list[str], names: list[str], start: str) -> list[DepthLine]:
-        return [
-            DepthLine(
-                each.step,
-                each.epoch,
-                {
-                    name.removeprefix(start): [each.scalars.get(of_layer(name, k), math.nan) for k in layers]
-                    for name in names
-                },
-            )
-            for each in self.records
-            if each.monitor == monitor and list(each.notes.get("layers", ())) == layers
-        ]
-
-    def _motions(self, record: Record) -> Iterator[View]:
-        """How the weights of a record move, where it says anything new."""
-        for table in self._tables:
-            for _, key in table.of_form("diffusion"):
-                if f"{table.family}/diffusion_squares" in record.arrays or self._is_further(record, table.family):
-                    yield DiffusionView(key, record, table.title)
-            for quantity, key in table.of_form("phase"):
-                if any(name.startswith(f"{table.family}/q_") for name in record.arrays):
-                    yield PhaseView(key, record, quantity.panel)
-
-    def _is_further(self, record: Record, family: str) -> bool:
-        """Whether, without a reference, the way from the start is worth a figure: at ten more lags, and at the end."""
-
-        def tens(each: Record) -> int:
-            return len(each.arrays.get(f"{family}/from_init_squares", ())) // _LAGS
-
-        if "reference" in record.notes or not tens(record):
-            return False
-        before = [each for each in self.records if each.monitor == record.monitor and each.step < record.step]
-        return record.final or not before or tens(record) > tens(max(before, key=lambda each: each.step))
+            views += views_of(record, list(self.records), self._tables)
+        if self._file is not None:
+            self._try_to(partial(self._file.append_cost, cost))
+        self._writer.write(logged, cost.step, views, is_last)
 
     def lineage(self) -> dict[str, Any]:
         """What a checkpoint needs to go on with this run."""
@@ -206,25 +159,6 @@ class Journal:
 
     def _logger_failed(self) -> None:
         self.failures += 1
-
-
-def _densities(record: Record, tables: Sequence[QuantityTable]) -> Iterator[DensityView]:
-    """The spectra of a record."""
-    for table in tables:
-        for quantity, key in table.of_form("density"):
-            if f"{key}_nodes" in record.arrays:
-                spectrum = record.notes["spectrum"]
-                yield DensityView(
-                    key,
-                    record.arrays[f"{key}_nodes"],
-                    record.arrays[f"{key}_weights"],
-                    spectrum["size"],
-                    spectrum["certified"],
-                    spectrum["num_vectors"],
-                    record.scalars.get(f"{table.family}/stability_threshold"),
-                    table.title,
-                    quantity.unit.removeprefix("1/(").removesuffix(")"),
-                )
 
 
 def header_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

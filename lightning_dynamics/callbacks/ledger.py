@@ -14,7 +14,7 @@ from lightning_dynamics.callbacks.measuring import Failure
 from lightning_dynamics.callbacks.monitor_state import MonitorState
 from lightning_dynamics.callbacks.notices import Notices
 from lightning_dynamics.recording.quantity import Quantity, QuantityTable
-from lightning_dynamics.recording.record import Record
+from lightning_dynamics.recording.record import Cost, Record
 
 COST = QuantityTable(
     "dynamics",
@@ -39,6 +39,7 @@ COST = QuantityTable(
             "Skipped points",
         ),
     ),
+    headline=("overhead",),
 )
 
 
@@ -57,7 +58,7 @@ class Ledger:
         self._expose = expose
         self._started = time.monotonic()
         self._before = 0.0
-        self._shown = 0.0  # skipped points that the loggers know of
+        self._shown = 0  # skipped points that the loggers know of
         self._unwritten: list[tuple[Record, dict[str, float]]] = []
 
     def begin(self) -> None:
@@ -124,16 +125,17 @@ class Ledger:
             by_step.setdefault(record.step, []).append((record, logged))
         self._unwritten.clear()
         elapsed = time.monotonic() - self._started + self._before
-        cost = {
-            "dynamics/overhead": self._spent() / max(elapsed, 1e-9),
-            "dynamics/skipped": float(self.skipped + journal.failures),
-        }
-        if not by_step and cost["dynamics/skipped"] != self._shown:
+        skipped = self.skipped + journal.failures
+        overhead = self._spent() / max(elapsed, 1e-9)
+        if not by_step and skipped != self._shown:
             by_step[now] = []
-        self._shown = cost["dynamics/skipped"]
+        self._shown = skipped
+        seconds = {label: state.seconds for label, state in self.states.items()}
         for step, entries in sorted(by_step.items()):
-            together = {key: value for _, logged in entries for key, value in logged.items()}
-            journal.write([record for record, _ in entries], {**together, **cost}, step)
+            logged = {key: value for _, logged in entries for key, value in logged.items()}
+            logged.update({"dynamics/overhead": overhead, "dynamics/skipped": float(skipped)})
+            cost = Cost(step, time.time(), overhead, skipped, seconds)
+            journal.write([record for record, _ in entries], logged, cost)
 
     def _enter(self, monitor: DynamicsMonitor[Any], when: When, measured: Measured, seconds: float) -> None:
         notes = measured.notes if when.weights is None else {**measured.notes, "weights": when.weights}

@@ -137,6 +137,8 @@ def noise_table(directions: int, name: str | None = None) -> QuantityTable:
         "noise" if name is None else f"noise_{name}",
         "Gradient noise" if name is None else f"Gradient noise ({name})",
         tuple(quantities),
+        headline=("signal_to_noise",),
+        log_panels=("Noise", "Signal-to-noise ratio", "Noise scale", "Noise of samples", "Noise along eigenvectors"),
     )
 
 

@@ -53,6 +53,7 @@ def sam_table(name: str | None = None) -> QuantityTable:
                 False,
             ),
         ),
+        headline=("sharpness_gap",),
     )
 
 

@@ -175,6 +175,7 @@ def sharpness_table(name: str | None = None) -> QuantityTable:
                 "exact",
             ),
         ),
+        headline=("edge_ratio",),
     )
 
 

@@ -29,7 +29,7 @@ from lightning_dynamics.experiments.data_order import DataSource, OrderedData
 from lightning_dynamics.objective.copies import private_copy
 from lightning_dynamics.objective.randomness import fork_rng, seed_everything, stream_seed
 from lightning_dynamics.objective.replay import batch_length
-from lightning_dynamics.recording.figures import BLUE, GREEN, GREY, PURPLE, VERMILION
+from lightning_dynamics.recording.figures.style import BLUE, GREEN, GREY, PURPLE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

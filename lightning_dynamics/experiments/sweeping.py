@@ -19,7 +19,7 @@ from lightning_dynamics.metrics.estimates import Estimate
 from lightning_dynamics.metrics.stochastic_sharpness import gap_exponent
 from lightning_dynamics.objective import LossFunction, Objective, ParameterFilter, hessian
 from lightning_dynamics.objective.randomness import fork_rng, seed_everything, stream_seed
-from lightning_dynamics.recording.figures import BLUE, GREEN, GREY, VERMILION, plus_minus
+from lightning_dynamics.recording.figures.style import BLUE, GREEN, GREY, VERMILION, plus_minus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

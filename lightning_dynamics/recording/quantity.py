@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 LAST_LAYER = "last"
 """The layer whose quantities have no layer in their keys."""
+
+_LAYER = "<layer>"
 
 ErrorKind = Literal["exact", "bound", "standard error", "none"]
 """Exact up to rounding; a bound on the error; a standard error; or no statement."""
@@ -51,7 +53,7 @@ class Quantity:
     @property
     def name(self) -> str:
         """The key as it is shown: with a place for the layer where there is one for each."""
-        return f"{self.key}/<layer>" if self.per_layer else self.key
+        return f"{self.key}/{_LAYER}" if self.per_layer else self.key
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,15 @@ class QuantityTable:
         family: First part of every key, ``hessian`` in ``hessian/top_1``.
         title: What the family is called in charts and texts.
         quantities: The quantities, in the order in which they are shown.
+        headline: Names, without the family, of those that one looks at first.
+        log_panels: Titles of the charts that are read on a logarithmic axis.
     """
 
     family: str
     title: str
     quantities: tuple[Quantity, ...]
+    headline: tuple[str, ...] = ()
+    log_panels: tuple[str, ...] = ()
 
     def keys(self, *, default_only: bool = False) -> list[str]:
         """Full keys, family included."""
@@ -98,7 +104,7 @@ class QuantityTable:
                 panels.setdefault(q.panel, []).append(f"^{re.escape(f'{self.family}/{q.key}')}{layer}$")
         return panels
 
-    def describe(self) -> dict[str, dict[str, str]]:
+    def describe(self) -> dict[str, dict[str, Any]]:
         """The declarations by full key, as they stand in a record file's header."""
         return {
             f"{self.family}/{q.name}": {
@@ -108,9 +114,58 @@ class QuantityTable:
                 "source": q.source,
                 "error": q.error,
                 "panel": q.panel,
+                **({"logged": True} if q.on_by_default else {}),
+                **({"headline": True} if q.name in self.headline else {}),
+                **({"log": True} if q.panel in self.log_panels else {}),
+                **({"form": q.form} if q.form != "scalar" else {}),
+                **({"shows": [list(pair) for pair in q.shows]} if q.shows else {}),
             }
             for q in self.quantities
         }
+
+    @classmethod
+    def described(cls, family: str, title: str, quantities: Mapping[str, Mapping[str, Any]]) -> QuantityTable:
+        """The table of a family as a record file's header declares it, whatever version wrote it.
+
+        Args:
+            family: The family.
+            title: What it is called.
+            quantities: Declarations by full key, those of other families among them.
+        """
+        own = {key.removeprefix(f"{family}/"): each for key, each in quantities.items() if key.startswith(f"{family}/")}
+        return cls(
+            family,
+            title,
+            tuple(_described(name, each) for name, each in own.items()),
+            tuple(name for name, each in own.items() if each.get("headline")),
+            tuple(dict.fromkeys(str(each.get("panel", name)) for name, each in own.items() if each.get("log"))),
+        )
+
+    def find(self, key: str) -> Quantity | None:
+        """The quantity that a full key is of, that of a layer included; None where it is not of this table."""
+        bare = key.removeprefix(f"{self.family}/")
+        if bare == key:
+            return None
+        whole = next((q for q in self.quantities if not q.per_layer and q.key == bare), None)
+        layered = (q for q in self.quantities if q.per_layer and bare.startswith(f"{q.key}/"))
+        return whole or next(layered, None)
+
+
+def _described(name: str, said: Mapping[str, Any]) -> Quantity:
+    bare = name.removesuffix(f"/{_LAYER}")
+    return Quantity(
+        key=bare,
+        symbol=str(said.get("symbol", "")),
+        unit=str(said.get("unit", "")),
+        definition=str(said.get("definition", "")),
+        source=str(said.get("source", "")),
+        error=said.get("error", "none"),
+        panel=str(said.get("panel", name)),
+        on_by_default=bool(said.get("logged")),
+        per_layer=bare != name,
+        form=said.get("form", "scalar"),
+        shows=tuple((str(key), floor) for key, floor in said.get("shows", ())),
+    )
 
 
 def of_layer(key: str, layer: str) -> str:

@@ -6,8 +6,7 @@ import json
 import math
 import os
 import uuid
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +105,45 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What measuring had cost by a step.
+
+    Attributes:
+        step: x of the curves.
+        time: Seconds since the epoch of Unix.
+        overhead: Share of the fit's wall-clock time so far that measurements took.
+        skipped: Points that could not be measured or logged so far.
+        seconds: What each monitor took so far, by its name.
+    """
+
+    step: int
+    time: float
+    overhead: float
+    skipped: int
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "type": "cost",
+            "step": self.step,
+            "time": round(self.time, 3),
+            "overhead": round(self.overhead, 6),
+            "skipped": self.skipped,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> Cost:
+        return cls(
+            step=int(line["step"]),
+            time=float(line["time"]),
+            overhead=float(line["overhead"]),
+            skipped=int(line["skipped"]),
+            seconds={str(name): float(value) for name, value in line["seconds"].items()},
+        )
+
+
+@dataclass(frozen=True)
 class Parent:
     """Where a resumed segment goes on from: the segment, the first step of the new one, the file if it is known."""
 
@@ -150,6 +188,9 @@ class RecordFile:
     def append(self, record: Record) -> None:
         self._write(record.to_json())
 
+    def append_cost(self, cost: Cost) -> None:
+        self._write(cost.to_json())
+
     def _write(self, line: Mapping[str, Any]) -> None:
         # opened for each line: on disk at once, and nothing is left open whatever ends the run
         with self.path.open("a", encoding="utf-8") as stream:
@@ -164,111 +205,9 @@ class RecordFile:
             return None
 
 
-@dataclass
-class Segment:
-    """One segment of a run as it stands in a file."""
-
-    header: Mapping[str, Any]
-    file: Path
-    records: list[Record] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return str(self.header["segment"])
-
-    @property
-    def parent(self) -> Parent | None:
-        parent = self.header.get("parent")
-        return None if parent is None else Parent(parent["segment"], int(parent["step"]), parent.get("file"))
-
-
-def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """The records of a run, oldest first, as if it had never been interrupted.
-
-    Segments of a resumed run are joined: of a segment that was continued, what lies at or beyond the first step of the
-    continuation is dropped, and what the continuation measured too. Where a directory holds several runs, the one that
-    was begun last is read.
-
-    Args:
-        path: A run's directory, or one of its record files.
-
-    Raises:
-        FileNotFoundError: If there is no record file.
-        ValueError: If a file was written by a newer version of this package.
-    """
-    return join_segments(read_segments(path))
-
-
-def read_segments(path: str | os.PathLike[str]) -> list[Segment]:
-    """All segments in a directory's record files, or in one file, in the order in which they were begun.
-
-    Lines that are damaged (a killed process may leave half a line) are skipped with a warning that gives their number.
-    """
-    place = Path(path)
-    files = sorted(place.glob(f"{STEM}*.jsonl")) if place.is_dir() else [place]
-    if not files or not files[0].exists():
-        raise FileNotFoundError(f"No record file in {place}: expected {STEM}.jsonl.")
-    segments = [segment for file in files for segment in _segments_of(file)]
-    return sorted(segments, key=lambda segment: float(segment.header.get("time", 0.0)))
-
-
-def join_segments(segments: Iterable[Segment]) -> list[Record]:
-    """The newest segment with all that it continues, superseded records dropped."""
-    known = {segment.name: segment for segment in segments}
-    if not known:
-        return []
-    current: Segment | None = list(known.values())[-1]
-    limit = math.inf
-    joined: list[Record] = []
-    visited: set[str] = set()
-    while current is not None and current.name not in visited:
-        visited.add(current.name)
-        newer = {(record.monitor, record.step) for record in joined}
-        older = [r for r in current.records if r.step < limit and (r.monitor, r.step) not in newer]
-        joined = older + joined
-        parent = current.parent
-        if parent is None:
-            break
-        limit = min(limit, parent.step)
-        if parent.segment not in known and parent.file is not None:
-            elsewhere = current.file.parent / parent.file
-            if elsewhere.exists():
-                known.update({segment.name: segment for segment in _segments_of(elsewhere)})
-        current = known.get(parent.segment)
-    return joined
-
-
 def new_name() -> str:
     """A name that no other run or segment has; drawn from the system, not from any generator of the run's."""
     return uuid.uuid4().hex[:16]
-
-
-def _segments_of(file: Path) -> list[Segment]:
-    segments: list[Segment] = []
-    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            kind = line["type"]
-            if kind == "header":
-                if int(line["schema"]) > SCHEMA:
-                    raise _NewerSchemaError
-                segments.append(Segment(line, file))
-            elif kind == "record" and segments:
-                segments[-1].records.append(Record.from_json(line))
-        except _NewerSchemaError:
-            raise ValueError(
-                f"{file}, line {number}: written with schema {line['schema']}, this version reads up to {SCHEMA}. "
-                "Install a newer lightning_dynamics."
-            ) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(f"{file}, line {number} is damaged and was skipped: {error!r}", stacklevel=2)
-    return segments
-
-
-class _NewerSchemaError(Exception):
-    pass
 
 
 def _number(value: float) -> float | None:

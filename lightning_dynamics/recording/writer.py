@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dynamics.recording.charts import custom_scalars_layout
-from lightning_dynamics.recording.figures import View, rendered
+from lightning_dynamics.recording.figures.style import View, rendered
 from lightning_dynamics.recording.quantity import QuantityTable
 
 

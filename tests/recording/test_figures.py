@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from lightning_dynamics.callbacks.displacement_table import displacement_table
-from lightning_dynamics.callbacks.journal import Journal
-from lightning_dynamics.recording.diffusion_view import DiffusionView
-from lightning_dynamics.recording.figures import DensityView, DepthLine, DepthView, plus_minus, rendered
-from lightning_dynamics.recording.phase_view import PhaseView
+from lightning_dynamics.recording.figures.density import DensityView
+from lightning_dynamics.recording.figures.depth import DepthLine, DepthView
+from lightning_dynamics.recording.figures.diffusion import DiffusionView
+from lightning_dynamics.recording.figures.phase import PhaseView
+from lightning_dynamics.recording.figures.style import plus_minus, rendered
+from lightning_dynamics.recording.figures.views import views_of
 from lightning_dynamics.recording.record import Record
 from lightning_dynamics.recording.writer import LoggerWriter
 
@@ -641,16 +643,12 @@ def test_values_are_written_with_the_digits_that_their_errors_allow(value, error
     assert plus_minus(value, error) == text
 
 
-def journal(tmp_path):
-    """A journal of a displacement monitor, and the steps at which views of its records were made."""
-    logger = TensorBoardLike()
-    logger.experiment.add_text = lambda *_: None
-    found = Journal("run", tmp_path, [logger])
+def drawn(*records):
+    """The steps at which views of these records are made, one after the other, and the views."""
     table = displacement_table(None, True, True, ["top_1", "bottom_1"])
-    found.begin(0, {"monitors": {}, "versions": {}}, [table], [table])
-    made = []
-    found._writer.write = lambda scalars, step, views, is_last: made.extend((step, view) for view in views)
-    return found, made
+    return [
+        (record.step, view) for i, record in enumerate(records) for view in views_of(record, records[: i + 1], [table])
+    ]
 
 
 def from_start(step, lags, **changes):
@@ -659,35 +657,26 @@ def from_start(step, lags, **changes):
     return replace(record, arrays={name: values for name, values in record.arrays.items() if values})
 
 
-def test_records_with_a_curve_from_the_reference_are_drawn(tmp_path):
-    found, made = journal(tmp_path)
-    for step in (994, 1100):
-        found.write([moved(step=step)], {}, step)
+def test_records_with_a_curve_from_the_reference_are_drawn():
+    made = drawn(moved(step=994), moved(step=1100))
     assert [(step, view.key, type(view), view.record.step) for step, view in made] == [
         (step, "displacement/diffusion", DiffusionView, step) for step in (994, 1100)
     ]
 
 
-def test_the_way_from_the_start_is_drawn_now_and_then_and_at_the_end(tmp_path):
-    found, made = journal(tmp_path)
-    for step, lags in ((1, 1), (9, 9), (11, 10), (12, 11), (50, 19), (60, 20), (61, 20)):
-        found.write([from_start(step, lags)], {}, step)
-    assert [step for step, _ in made] == [11, 60]
-    found.write([from_start(62, 20, final=True)], {}, 62)
-    assert [step for step, _ in made] == [11, 60, 62]
+def test_the_way_from_the_start_is_drawn_now_and_then_and_at_the_end():
+    steps = ((1, 1), (9, 9), (11, 10), (12, 11), (50, 19), (60, 20), (61, 20))
+    records = [from_start(step, lags) for step, lags in steps]
+    assert [step for step, _ in drawn(*records)] == [11, 60]
+    assert [step for step, _ in drawn(*records, from_start(62, 20, final=True))] == [11, 60, 62]
 
 
-def test_a_reference_that_has_no_new_curve_is_not_drawn(tmp_path):
-    found, made = journal(tmp_path)
-    record = from_start(11, 12)
-    found.write([replace(record, notes={"reference": {"step": 5, "lag": 6}})], {}, 11)
-    assert not made
+def test_a_reference_that_has_no_new_curve_is_not_drawn():
+    assert not drawn(replace(from_start(11, 12), notes={"reference": {"step": 5, "lag": 6}}))
 
 
-def test_phase_planes_are_drawn_where_there_are_trajectories(tmp_path):
-    found, made = journal(tmp_path)
-    found.write([orbit()], {}, 994)
-    found.write([orbit(arrays={}, step=1000)], {}, 1000)
+def test_phase_planes_are_drawn_where_there_are_trajectories():
+    made = drawn(orbit(), orbit(arrays={}, step=1000))
     assert [(step, view.key, type(view), view.title) for step, view in made] == [
         (994, "displacement/phase", PhaseView, "Phase planes")
     ]

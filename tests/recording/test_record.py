@@ -4,7 +4,8 @@ import math
 import pytest
 
 from lightning_dynamics.recording import Record, read_records
-from lightning_dynamics.recording.record import Parent, RecordFile, new_name, read_segments
+from lightning_dynamics.recording.reading import read_segments
+from lightning_dynamics.recording.record import Parent, RecordFile, new_name
 
 
 def record(step, value=1.0, monitor="M", **more):

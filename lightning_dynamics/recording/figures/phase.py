@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_dynamics.recording.figures import (
+from lightning_dynamics.recording.figures.style import (
     BLUE,
     GREY,
     PALE,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_dynamics.recording.figures import (
+from lightning_dynamics.recording.figures.style import (
     BLUE,
     GREEN,
     GREY,

@@ -1,0 +1,124 @@
+"""The density of a spectrum: a figure, and the histogram that goes with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_dynamics.recording.figures.style import BLUE, VERMILION
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_BINS = 64
+_GRID = 400
+
+
+@dataclass(frozen=True)
+class DensityView:
+    """A spectral density, ready to be drawn.
+
+    Attributes:
+        key: Full key of the quantity.
+        nodes: Quadrature nodes and certified eigenvalues, shape ``(m,)``, ascending.
+        weights: Their shares of the spectrum, which sum to 1.
+        size: Number of eigenvalues.
+        certain: The certified eigenvalues among the nodes.
+        num_vectors: Number of quadratures that the other nodes come from.
+        threshold: The edge of stability, None where there is none.
+        title: What it is the spectrum of.
+        unit: Unit of the eigenvalues.
+    """
+
+    key: str
+    nodes: Sequence[float]
+    weights: Sequence[float]
+    size: int
+    certain: Sequence[float]
+    num_vectors: int
+    threshold: float | None
+    title: str
+    unit: str
+
+    def histogram(self) -> tuple[Tensor, Tensor]:
+        """log₁₀(1 + number of eigenvalues) in 64 bins between the outermost nodes, and the bins' 65 edges.
+
+        Of a spectrum with nearly all of its values in one place nothing else would be seen but that place.
+        """
+        low, high = float(self.nodes[0]), float(self.nodes[-1])
+        if not high > low:
+            low, high = low - 0.5, high + 0.5
+        edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
+        nodes, weights, widths = self._peaks(float(edges[1] - edges[0]))
+        # what a peak would lose beyond the ends stays within
+        reach = torch.special.ndtr((edges[:, None] - nodes[None, :]) / widths)
+        shares = (reach[1:] - reach[:-1]) / (reach[-1] - reach[0])
+        return torch.log10(1 + self.size * (shares * weights).sum(dim=1)), edges
+
+    def figure(self, step: int | None = None) -> Figure:
+        """Number of eigenvalues per unit of λ on a logarithmic axis, certified ones marked."""
+        from matplotlib.figure import Figure
+
+        low, high = float(self.nodes[0]), float(self.nodes[-1])
+        right = high if self.threshold is None or self.threshold > 3 * abs(high) else max(high, self.threshold)
+        narrowest = max(high - low, 1e-12) / 120
+        margin = 5 * narrowest
+        grid = torch.linspace(low - margin, right + margin, _GRID, dtype=torch.float64)
+        counts = self.size * self._smoothed(grid, narrowest)
+        figure = Figure(figsize=(5.6, 3.4), dpi=120, layout="constrained")
+        axes = figure.add_subplot()
+        floor = max(float(counts.max()), 1e-12) * 1e-7
+        axes.fill_between(grid.tolist(), floor, counts.clamp(min=floor).tolist(), color=BLUE, alpha=0.25, linewidth=0)
+        axes.plot(grid.tolist(), counts.clamp(min=floor).tolist(), color=BLUE, linewidth=1.5)
+        axes.plot(
+            self.certain, [0.02] * len(self.certain), "|", color=BLUE, ms=10, transform=axes.get_xaxis_transform()
+        )
+        if self.threshold is not None and low < self.threshold <= right:
+            axes.axvline(self.threshold, color=VERMILION, linestyle="--", linewidth=1.5)
+            axes.annotate(
+                "edge of stability",
+                (self.threshold, 0.97),
+                (-4, 0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                rotation=90,
+                ha="right",
+                va="top",
+                color=VERMILION,
+                fontsize=8,
+            )
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=floor)
+        axes.set_xlabel(f"eigenvalue λ [{self.unit}]")
+        axes.set_ylabel("eigenvalues per unit of λ")
+        axes.set_title(self.title if step is None else f"{self.title}, step {step}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+    def _smoothed(self, grid: Tensor, narrowest: float) -> Tensor:
+        """The density at ``grid``."""
+        nodes, weights, widths = self._peaks(narrowest)
+        distances = (grid[:, None] - nodes[None, :]) / widths
+        return (weights * torch.exp(-(distances**2) / 2) / (widths * math.sqrt(2 * math.pi))).sum(dim=1)
+
+    def _peaks(self, narrowest: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Nodes, weights, and the standard deviations of the Gaussian peaks that they are drawn as.
+
+        Certified eigenvalues are as narrow as allowed. A node of a quadrature stands for the spectrum half way to its
+        neighbours in the same quadrature; as many nodes of the others lie between them as there are others.
+        """
+        nodes, weights = (torch.tensor(list(v), dtype=torch.float64) for v in (self.nodes, self.weights))
+        certain = torch.tensor(list(self.certain), dtype=torch.float64)
+        widths = torch.full_like(nodes, narrowest)
+        unsure = (~torch.isin(nodes, certain)).nonzero().flatten()
+        if len(unsure):
+            place = torch.arange(len(unsure))
+            left, right = (place - self.num_vectors).clamp(min=0), (place + self.num_vectors).clamp(max=len(unsure) - 1)
+            span, count = nodes[unsure[right]] - nodes[unsure[left]], right - left
+            widths[unsure] = (span * self.num_vectors / (2 * count.clamp(min=1))).clamp(min=narrowest)
+        return nodes, weights, widths
