@@ -89,13 +89,13 @@ class CurvatureMonitor(DynamicsMonitor[HessianOperator]):
     def describe(self) -> dict[str, Any]:
         return {
             "noise_draws": self.options.noise_draws,
-            "parameters": None if self.options.parameters is None else str(self.options.parameters),
+            "parameters": _named(self.options.parameters),
         }
 
     def introduce(
         self, rule: StabilityRule, data: ProbeData, every: int | None, every_detail: int | None = None
     ) -> dict[str, Any]:
-        return {**super().introduce(rule, data, every, every_detail), "threshold_rule": rule.description}
+        return {**super().introduce(rule, data, every, every_detail), "threshold_rule": _rule_in_words(rule)}
 
     def preflight(self, sharing: Sequence[DynamicsMonitor[Any]], subject: HessianOperator) -> None:
         """The monitors' own conditions; then loss, gradient, two products, the symmetry test.
@@ -128,3 +128,21 @@ def _check_symmetry(operator: SymmetricOperator, kind: Kind, allowed: float) -> 
             f"{allowed:.0e}). Either the loss is not the same function at every evaluation, or an operation of the "
             "step has a wrong double backward."
         )
+
+
+def _named(parameters: Any) -> Any:
+    """The choice of parameters as a record can hold it: a function by its name."""
+    if parameters is None or isinstance(parameters, str):
+        return parameters
+    if isinstance(parameters, (list, tuple)):
+        return [str(each) for each in parameters]
+    return getattr(parameters, "__qualname__", type(parameters).__name__)
+
+
+def _rule_in_words(rule: StabilityRule) -> str:
+    """The edge of stability at the first step."""
+    if rule.threshold is not None:
+        return f"λ* = {rule.threshold:.6g} at the start, {rule.description}"
+    if rule.unavailable is not None:
+        return f"none, {rule.unavailable}: {rule.description}"
+    return f"the edge ratio, since no single λ* holds: {rule.description}"

@@ -92,7 +92,7 @@ class FeatureMonitor(DynamicsMonitor[JointFeatures]):
             "head": self.head,
             "reduce": self.reduce,
             "num_classes": self.num_classes,
-            "validation": None if validation is None else str(validation),
+            "validation": None if validation is None else validation.words,
         }
 
     def plan(self, subject: JointFeatures, memory: dict[str, Any]) -> tuple[FeaturePlan, dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,11 +97,18 @@ class MapStyleSource:
             return members
         return cls(loader, members, batch_size if batch_size is not None else loader.batch_sampler.batch_size)
 
-    def read(self, chosen: Sequence[int], seed: int, rank: int, world_size: int) -> list[ProbeItem]:
-        """This rank's share of the batches that these samples make, in their order."""
+    def read(
+        self,
+        chosen: Sequence[int],
+        seed: int,
+        rank: int,
+        world_size: int,
+        beat: Callable[[], None] = lambda: None,
+    ) -> list[ProbeItem]:
+        """This rank's share of the batches that these samples make, in their order; ``beat`` is called after each."""
         groups = [chosen[start : start + self.batch_size] for start in range(0, len(chosen), self.batch_size)]
         shares = share_batches(len(groups), rank, world_size)
-        batches = _read_batches(self.loader, [groups[index] for index, _ in shares], seed)
+        batches = _read_batches(self.loader, [groups[index] for index, _ in shares], seed, beat)
         return [
             ProbeItem(batch, index, is_ready=False, weight=float(len(groups[index])) if counts else 0.0)
             for (index, counts), batch in zip(shares, batches, strict=True)
@@ -133,7 +140,13 @@ class MapStyleSource:
         return min(self.batch_size * batches, whole)
 
     def read_draws(
-        self, drawn: Sequence[int], batch_size: int, seed: int, rank: int, world_size: int
+        self,
+        drawn: Sequence[int],
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        beat: Callable[[], None] = lambda: None,
     ) -> list[ProbeItem]:
         """This rank's share of each of the drawn batches, in pieces of the loader's own batch size.
 
@@ -144,7 +157,7 @@ class MapStyleSource:
             whole: list[int] = [_Drawn.of(sample, number) for sample in drawn[start : start + batch_size]]
             pieces += [whole[first : first + self.batch_size] for first in range(0, batch_size, self.batch_size)]
         shares = share_pieces(len(drawn) // batch_size, self.pieces(batch_size), rank, world_size)
-        batches = _read_batches(self.loader, [pieces[index] for index, _ in shares], seed)
+        batches = _read_batches(self.loader, [pieces[index] for index, _ in shares], seed, beat)
         return [
             ProbeItem(batch, index, is_ready=False, weight=float(len(pieces[index])) if counts else 0.0)
             for (index, counts), batch in zip(shares, batches, strict=True)
@@ -270,7 +283,9 @@ class _SeededGroups(_SeededSamples):
         return self._dataset.__getitems__([int(index) for index in indices])
 
 
-def _read_batches(loader: DataLoader[Any], groups: Sequence[Sequence[int]], seed: int) -> Iterable[Any]:
+def _read_batches(
+    loader: DataLoader[Any], groups: Sequence[Sequence[int]], seed: int, beat: Callable[[], None]
+) -> list[Any]:
     """Read these groups of samples in one worker process, collated as the loader does it."""
     with fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads alive, as every loader does
@@ -284,8 +299,11 @@ def _read_batches(loader: DataLoader[Any], groups: Sequence[Sequence[int]], seed
             generator=torch.Generator().manual_seed(stream_seed(seed)),
             timeout=_READ_TIMEOUT,
         )
-        # clones: what comes from a worker lies in shared memory
-        return [private_copy(batch) for batch in reader]
+        batches = []
+        for batch in reader:
+            batches.append(private_copy(batch))  # what comes from a worker lies in shared memory
+            beat()
+        return batches
 
 
 class _Groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from lightning_dynamics.callbacks.notices import Notices
 from lightning_dynamics.callbacks.optimization import optimization
 from lightning_dynamics.callbacks.perturbation import perturbation
 from lightning_dynamics.callbacks.probes import Probes
+from lightning_dynamics.callbacks.progress import Progress
 from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.metrics import StabilityRule, stability_rule
 from lightning_dynamics.objective.copies import private_copy
@@ -45,6 +47,7 @@ class Measurements:
         ledger: Where results go.
         notices: How to speak to the user.
         ranks: The ranks.
+        progress: Told what takes long.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Measurements:
         ledger: Ledger,
         notices: Notices,
         ranks: Ranks,
+        progress: Progress,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -64,6 +68,7 @@ class Measurements:
         self._ledger = ledger
         self._notices = notices
         self._ranks = ranks
+        self._progress = progress
         self._clones: Clones = {}
         self._saved: list[SavedWeights] = []
         self._open: SavedWeights | None = None
@@ -124,7 +129,8 @@ class Measurements:
             replay = monitor.replay(self._trainer, self._module, items, circumstances, sharing)
             return replay, [partial(monitor.preflight, sharing)]
 
-        outcome = measure_jointly(prepare, 1, self._ranks, monitor.part)
+        with self._progress.during(f"{monitor.label} (preflight)"):
+            outcome = measure_jointly(prepare, 1, self._ranks, monitor.part, beat=self._progress.beat)
         self._name_shared(monitor, outcome)
         return outcome.results[0], outcome.shared
 
@@ -192,7 +198,8 @@ class Measurements:
         for i, role in saved.roles.items():
             if self._monitors[i].is_of_step:
                 started = time.monotonic()
-                result = self._of_step(saved.when, i, role)
+                with self._telling(saved.when, {i: role}):
+                    result = self._of_step(saved.when, i, role)
                 self._ledger.take(self._monitors[i], saved.when, role, result, time.monotonic() - started)
         if not saved.results:
             return
@@ -203,7 +210,8 @@ class Measurements:
         for members in self._by_objective({i: saved.roles[i] for i in saved.results}):
             started = time.monotonic()
             results = [saved.results[i][0] for i in members]
-            results = self._with_step(members, results, saved)
+            with self._telling(saved.when, {i: saved.roles[i] for i in members}):
+                results = self._with_step(members, results, saved)
             seconds = (time.monotonic() - started) / len(members)
             for i, result in zip(members, results, strict=True):
                 self._ledger.take(self._monitors[i], saved.when, saved.roles[i], result, saved.results[i][1] + seconds)
@@ -261,12 +269,14 @@ class Measurements:
         for i, role in roles.items():
             if not self._monitors[i].measures_on_data(role.in_detail) and not self._monitors[i].is_of_step:
                 started = time.monotonic()
-                result = self._without_data(when, i, role)
+                with self._telling(when, {i: role}):
+                    result = self._without_data(when, i, role)
                 self._ledger.take(self._monitors[i], when, role, result, time.monotonic() - started)
         for members in self._by_objective(roles):
             started = time.monotonic()
-            outcome = self._outcome(when, members, roles, batch, saved)
-            results = self._audited(when, members, outcome, batch, saved)
+            with self._telling(when, {i: roles[i] for i in members}):
+                outcome = self._outcome(when, members, roles, batch, saved)
+                results = self._audited(when, members, outcome, batch, saved)
             seconds = (time.monotonic() - started) / len(members)
             awaiting = {} if self._open is None or self._open.when != when else self._open.roles
             for i, result in zip(members, results, strict=True):
@@ -274,6 +284,11 @@ class Measurements:
                     self._open.results[i] = (result, seconds)
                 else:
                     self._ledger.take(self._monitors[i], when, roles[i], result, seconds)
+
+    def _telling(self, when: When, roles: Mapping[int, Role]) -> AbstractContextManager[None]:
+        """With what is measured told to the progress bar, if it takes long."""
+        kind = tuple((self._monitors[i].label, role.in_detail) for i, role in roles.items())
+        return self._progress.during(f"{kind[0][0]} at step {when.step}", kind=kind)
 
     def _of_step(self, when: When, index: int, role: Role) -> Any:
         """A result of the step alone, from what all ranks have seen of it."""
@@ -314,7 +329,7 @@ class Measurements:
             return replay, [self._task(when, i, roles[i], saved, shared) for i in members]
 
         vectors = max(self._monitors[i].vectors_held for i in members)
-        outcome = measure_jointly(prepare, len(members), self._ranks, first.part, vectors)
+        outcome = measure_jointly(prepare, len(members), self._ranks, first.part, vectors, self._progress.beat)
         self._name_shared(first, outcome)
         return outcome
 
@@ -339,7 +354,7 @@ class Measurements:
                 kind: Literal["update", "step"] = "step" if of_step else "update"
                 return replay, [self._task(saved.when, i, saved.roles[i], saved, kind=kind) for i in members]
 
-            outcome = measure_jointly(prepare, len(members), self._ranks, first.part)
+            outcome = measure_jointly(prepare, len(members), self._ranks, first.part, beat=self._progress.beat)
             results = [result.with_more(more) for result, more in zip(results, outcome.results, strict=True)]
         return results
 
@@ -367,7 +382,7 @@ class Measurements:
             replay = self._replay(when, first, batch, saved, torch.float64)
             return replay, [self._audit(i, result, saved) for i, result in chosen]
 
-        outcome = measure_jointly(prepare, len(chosen), self._ranks, first.part)
+        outcome = measure_jointly(prepare, len(chosen), self._ranks, first.part, beat=self._progress.beat)
         audited = dict(zip((i for i, _ in chosen), outcome.results, strict=True))
         for i, result in chosen:
             if isinstance(audited[i], Failure):
@@ -433,6 +448,7 @@ class Measurements:
         taken = None if saved is None else saved.taken
 
         def task(subject: Any) -> Measured:
+            self._progress.now(f"{monitor.label} at step {when.step}")
             point = monitor.point_of(
                 subject,
                 step=when.step,

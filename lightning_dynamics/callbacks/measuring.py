@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def measure_jointly(
     ranks: Ranks,
     kind: type[RankPart[Any]],
     vectors: int = 0,
+    beat: Callable[[int], None] = lambda count: None,
 ) -> Outcome:
     """Run tasks on data that all ranks hold parts of. Called on every rank; never raises.
 
@@ -73,6 +75,7 @@ def measure_jointly(
         ranks: The ranks.
         kind: What is to be made of the data.
         vectors: Vectors of the size of the parameters that the tasks will hold, besides the gradient graphs.
+        beat: Called on rank zero with 1 before every evaluation, with 0 before every batch of one.
     """
     shared: list[str] = []
     with DeferredSignals() as signals, ExitStack() as stack:
@@ -80,6 +83,8 @@ def measure_jointly(
         failure: Failure | None = None
         try:
             replay, tasks = prepare()
+            if ranks.leads:
+                replay.begins = partial(beat, 0)
             part.local = stack.enter_context(kind.open(replay))
         except Exception as error:
             failure = explain(error)
@@ -88,20 +93,26 @@ def measure_jointly(
         results: list[Any] = [failure] * count
         try:
             if part.local is not None:
-                results = _run(part, tasks, signals, vectors)
+                results = _run(part, tasks, signals, vectors, beat)
                 shared = sorted(replay.shared)
         finally:
             outcome = part.end(Outcome(results, shared))
     return outcome  # type: ignore[no-any-return]
 
 
-def _run(part: RankPart[Any], tasks: Sequence[Task], signals: DeferredSignals, vectors: int) -> list[Any]:
+def _run(
+    part: RankPart[Any], tasks: Sequence[Task], signals: DeferredSignals, vectors: int, beat: Callable[[int], None]
+) -> list[Any]:
+    def interrupted() -> bool:
+        beat(1)
+        return signals.pending
+
     results: list[Any] = []
     subject: Any = None
     for task in tasks:
         try:
             if subject is None:
-                subject = part.subject(lambda: signals.pending, vectors)
+                subject = part.subject(interrupted, vectors)
             results.append(task(subject))
         except Exception as error:
             results.append(explain(error))

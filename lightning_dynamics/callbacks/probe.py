@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,9 +12,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_dynamics.callbacks.cadence import check_positive_integer
 from lightning_dynamics.callbacks.map_style import MapStyleSource, ProbeItem, share_batches
 from lightning_dynamics.callbacks.probe_state import restore_batches
+from lightning_dynamics.callbacks.progress import Progress
 from lightning_dynamics.objective.copies import private_copy
 from lightning_dynamics.objective.randomness import fork_rng
 from lightning_dynamics.objective.replay import batch_length
+
+_BATCHES = ("batch", "batches")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,15 @@ class Probe:
             raise MisconfigurationException(f"`split` must be 'training' or 'validation', got {self.split!r}.")
         if self.split == "validation" and given and not self.whole:
             raise MisconfigurationException(f"`split='validation'` does not go with `{given[0]}`: that is other data.")
+
+    @property
+    def words(self) -> str:
+        """What was asked for, where it is not the default; a loader of the user's by its type."""
+        asked = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = {name: value for name, value in asked.items() if value != getattr(Probe, name, None)}
+        if self.dataloader is not None:
+            shown["dataloader"] = type(self.dataloader).__name__
+        return f"Probe({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -181,6 +193,7 @@ def read_probe(
     notify: Callable[[str], None],
     kept: Mapping[str, Any] | None = None,
     accumulated: int = 1,
+    progress: Progress | None = None,
 ) -> ProbeData:
     """Read a probe's data, or say how many passing batches are to be copied.
 
@@ -193,15 +206,18 @@ def read_probe(
         notify: Told once where the default could not be had, and why.
         kept: What a checkpoint kept of the same probe.
         accumulated: Batches of each rank that make one step of training.
+        progress: Told if reading takes long.
 
     Raises:
         MisconfigurationException: If the whole set or a loader of the user's was asked for and cannot be read, or is
             empty.
     """
+    progress = Progress() if progress is None else progress
     if probe.current_batch:
         return ProbeData("the current batch")
     if probe.dataloader is not None:
-        return _read_loader(probe, rank, world_size)
+        with progress.during("reading the loader of the probe", units=_BATCHES, otherwise=notify):
+            return _read_loader(probe, rank, world_size, progress.beat)
     if kept and ("batches" in kept or "files" in kept):
         pieces = kept.get("pieces")
         items = restore_batches(kept, rank, world_size, pieces)
@@ -217,7 +233,9 @@ def read_probe(
     own_size = None if probe.draws is not None else probe.batch_size
     source = MapStyleSource.of(loaders, own_size, num_batches * world_size, probe.split)
     if probe.draws is not None:
-        return _read_draws(probe, probe.draws, source, num_batches, rank, world_size, notify, kept, accumulated)
+        return _read_draws(
+            probe, probe.draws, source, num_batches, rank, world_size, notify, kept, accumulated, progress
+        )
     data = f"{probe.split} set"
     if isinstance(source, str):
         reason = source
@@ -228,7 +246,8 @@ def read_probe(
         if not chosen:
             raise MisconfigurationException(f"The {data} is empty: there is nothing to probe.")
         try:
-            items = source.read(chosen, probe.seed, rank, world_size)
+            with progress.during(_reading(len(chosen)), units=_BATCHES, otherwise=notify):
+                items = source.read(chosen, probe.seed, rank, world_size, progress.beat)
         except Exception as error:
             reason = f"reading the {data} in a process of its own failed ({error!r})"
         else:
@@ -260,6 +279,7 @@ def _read_draws(
     notify: Callable[[str], None],
     kept: Mapping[str, Any] | None,
     accumulated: int,
+    progress: Progress,
 ) -> ProbeData:
     """Mini-batches drawn independently of each other; where that cannot be, those that pass first."""
     if isinstance(source, str):
@@ -281,7 +301,8 @@ def _read_draws(
         else:
             drawn = source.draw(draws, batch_size, probe.seed)
         try:
-            items = source.read_draws(drawn, batch_size, probe.seed, rank, world_size)
+            with progress.during(_reading(len(drawn)), units=_BATCHES, otherwise=notify):
+                items = source.read_draws(drawn, batch_size, probe.seed, rank, world_size, progress.beat)
         except Exception as error:
             reason = f"reading the training set in a process of its own failed ({error!r})"
         else:
@@ -308,9 +329,16 @@ def _read_draws(
     return ProbeData(kind, wanted=draws * accumulated, pieces=pieces, draws=draws)
 
 
-def _read_loader(probe: Probe, rank: int, world_size: int) -> ProbeData:
+def _reading(samples: int) -> str:
+    return f"reading {samples} samples for the probe"
+
+
+def _read_loader(probe: Probe, rank: int, world_size: int, beat: Callable[[], None]) -> ProbeData:
+    batches = []
     with fork_rng():
-        batches = [(private_copy(batch), batch_length(batch)) for batch in probe.dataloader]
+        for batch in probe.dataloader:
+            batches.append((private_copy(batch), batch_length(batch)))
+            beat()
     if not batches:
         raise MisconfigurationException("The probe's `dataloader` is empty: it yielded no batch.")
     items = [

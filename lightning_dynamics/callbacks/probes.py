@@ -14,6 +14,7 @@ from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.optimization import accumulated_batches
 from lightning_dynamics.callbacks.probe import ProbeData, read_probe
 from lightning_dynamics.callbacks.probe_state import keep_batches
+from lightning_dynamics.callbacks.progress import Progress
 from lightning_dynamics.callbacks.ranks import Ranks
 
 _NONE = ProbeData(kind="no data: weights alone")
@@ -42,7 +43,12 @@ class Probes:
         return [data.to_checkpoint() for data in self.all_of(monitor)]
 
     def read(
-        self, trainer: Trainer, monitors: Sequence[DynamicsMonitor[Any]], ranks: Ranks, notify: Callable[[str], None]
+        self,
+        trainer: Trainer,
+        monitors: Sequence[DynamicsMonitor[Any]],
+        ranks: Ranks,
+        notify: Callable[[str], None],
+        progress: Progress,
     ) -> None:
         """Read what the monitors ask for, or what a checkpoint kept of it.
 
@@ -63,7 +69,7 @@ class Probes:
             for number, probe in enumerate(monitor.probes):
                 known = self._data.get(probe.key)
                 if known is None or not known.is_complete or monitor._restored:
-                    self._data[probe.key] = _read(trainer, monitor, number, ranks, notify)
+                    self._data[probe.key] = _read(trainer, monitor, number, ranks, notify, progress)
 
     def show(self, batch: Any, directory: Path | None) -> bool:
         """Copy a passing batch where one is wanted; return whether a probe has become complete.
@@ -82,7 +88,11 @@ class Probes:
         return completed
 
     def look_again(
-        self, trainer: Trainer, monitors: Sequence[DynamicsMonitor[Any]], notify: Callable[[str], None]
+        self,
+        trainer: Trainer,
+        monitors: Sequence[DynamicsMonitor[Any]],
+        notify: Callable[[str], None],
+        progress: Progress,
     ) -> bool:
         """Read what had no loader when training began; return whether there is any now.
 
@@ -96,7 +106,7 @@ class Probes:
                     continue
                 data, reason = None, None
                 try:
-                    data = _read(trainer, monitor, number, self._ranks, notify)
+                    data = _read(trainer, monitor, number, self._ranks, notify, progress)
                 except Exception as error:
                     reason = str(error)
                 reasons = [other for other in self._ranks.gather(reason) if other is not None]
@@ -125,7 +135,12 @@ class Probes:
 
 
 def _read(
-    trainer: Trainer, monitor: DynamicsMonitor[Any], number: int, ranks: Ranks, notify: Callable[[str], None]
+    trainer: Trainer,
+    monitor: DynamicsMonitor[Any],
+    number: int,
+    ranks: Ranks,
+    notify: Callable[[str], None],
+    progress: Progress,
 ) -> ProbeData:
     """One of a monitor's probes."""
     probe = monitor.probes[number]
@@ -139,6 +154,7 @@ def _read(
         lambda text: notify(f"{monitor.label}: {text}"),
         kept=_kept(monitor, number),
         accumulated=accumulated_batches(trainer),
+        progress=progress,
     )
 
 

@@ -38,6 +38,9 @@ class Replay:
         values: Weights and buffers by name to run at, instead of the module's own.
         clones: Cache of large private tensors that outlives this object.
         context: Entered around every run (an autocast context, say).
+
+    Attributes:
+        begins: Called before each run.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Replay:
             raise ValueError(f"`weights` must not be negative, got {self._weights}.")
         self._dtype = dtype
         self._context = context
+        self.begins: Callable[[], None] = lambda: None
         self.sandbox = Sandbox(
             module,
             beside=beside,
@@ -105,6 +109,7 @@ class Replay:
 
     def _begin(self, index: int, batch: Any, draw: int = 0) -> Any:
         """Go back to the state that every run starts from; return a copy of the batch."""
+        self.begins()
         self.sandbox.renew()
         seed_everything(stream_seed(self.seed, index, draw))
         return private_copy(batch, self._dtype)
