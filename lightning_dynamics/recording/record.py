@@ -194,7 +194,7 @@ class RecordFile:
     def _write(self, line: Mapping[str, Any]) -> None:
         # opened for each line: on disk at once, and nothing is left open whatever ends the run
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_plain(line), allow_nan=False, default=str) + "\n")
+            stream.write(json.dumps(_plain(line), allow_nan=False, default=_type_name) + "\n")
 
     def _relative(self, file: str | None) -> str | None:
         if file is None:
@@ -208,6 +208,11 @@ class RecordFile:
 def new_name() -> str:
     """A name that no other run or segment has; drawn from the system, not from any generator of the run's."""
     return uuid.uuid4().hex[:16]
+
+
+def _type_name(thing: object) -> str:
+    """What is no JSON: not its representation, which may say anything."""
+    return type(thing).__name__
 
 
 def _number(value: float) -> float | None:
