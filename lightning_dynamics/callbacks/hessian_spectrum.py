@@ -176,9 +176,16 @@ def measure_overlap(known: ExtremalEigenpairs, k: int, step: int, memory: dict[s
             margin = overlap_error(float(memory[f"{which}_error"]), error, k)
             into.enter(f"overlap_{which}", float(cosines.square().mean()), margin)
             into.arrays[f"overlap_{which}_cosines"] = cosines.tolist()
+            into.arrays[f"overlap_{which}_matrix"] = _squared_cosines(other, vectors).flatten().tolist()
             notes[f"lag_{which}"] = step - int(memory[f"{which}_step"])
         if which == "previous" or other is None:
             memory.update({f"{which}_vectors": vectors.clone(), f"{which}_error": error, f"{which}_step": step})
+
+
+def _squared_cosines(earlier: Tensor, now: Tensor) -> Tensor:
+    """|⟨v_i, w_j⟩|² of the rows of both, shape ``(k, k)``, float64, one row for each earlier vector."""
+    products: Tensor = earlier @ now.to(earlier.device, earlier.dtype).mT
+    return products.cpu().double().square().clamp(max=1.0)
 
 
 def measure_layers(

@@ -115,6 +115,11 @@ def test_layers_whose_keys_would_be_the_same_are_refused():
     fit(monitor(), Twins(), max_epochs=1)  # without layers nothing is called by their names
 
 
+def matrix_of(record, which):
+    """Squared cosines of single eigenvectors, a row for each earlier one."""
+    return torch.tensor(record.arrays[f"hessian/overlap_{which}_matrix"]).view(3, 3)
+
+
 def test_eigenvectors_that_stay_overlap_wholly():
     made = monitor()
     fit(made, module(lr=0.0), max_epochs=5)
@@ -127,6 +132,9 @@ def test_eigenvectors_that_stay_overlap_wholly():
         assert second.notes["overlap"][f"lag_{which}"] == lag
     assert made.history[2].notes["overlap"]["lag_first"] == 4
     assert second.notes["overlap"]["null"] == 3 / 73
+    for which in ("previous", "first"):
+        assert f"hessian/overlap_{which}_matrix" not in first.arrays
+        assert matrix_of(second, which) == pytest.approx(torch.eye(3), abs=1e-3)
 
 
 def test_overlaps_are_those_of_the_dense_eigenvectors():
@@ -142,6 +150,11 @@ def test_overlaps_are_those_of_the_dense_eigenvectors():
     assert last.scalars["hessian/overlap_first"] == pytest.approx(overlap, abs=last.errors["hessian/overlap_first"])
     assert last.errors["hessian/overlap_first"] < 0.05
     assert overlap < 0.99
+    dense = (old.mT @ new).square()
+    found = matrix_of(last, "first").double()
+    assert found == pytest.approx(dense, abs=5e-3)
+    assert float(found.sum() / 3) == pytest.approx(last.scalars["hessian/overlap_first"], rel=1e-6)
+    assert float((dense - dense.mT).abs().max()) > 0.05  # so that rows and columns are told apart
 
 
 def test_a_multiple_eigenvalue_gives_no_overlap():
