@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         StochasticSharpnessMonitor,
     )
     from lightning_dynamics.experiments import Branch, batch_size_sweep, edge_test
-    from lightning_dynamics.recording import Record, read_records
+    from lightning_dynamics.recording import Record, RecordTable, Run, figures, load_records, load_runs, read_records
     from lightning_dynamics.strategies import (
         DDPNoisyDescentStrategy,
         DDPSamplingOrderStrategy,
@@ -47,8 +47,10 @@ _PUBLIC = {
     "NoisyDescentStrategy": "lightning_dynamics.strategies",
     "Probe": "lightning_dynamics.callbacks",
     "Record": "lightning_dynamics.recording",
+    "RecordTable": "lightning_dynamics.recording",
     "Reference": "lightning_dynamics.callbacks",
     "RhoByLearningRate": "lightning_dynamics.strategies",
+    "Run": "lightning_dynamics.recording",
     "SAMMonitor": "lightning_dynamics.callbacks",
     "SAMStrategy": "lightning_dynamics.strategies",
     "SamplingOrderStrategy": "lightning_dynamics.strategies",
@@ -57,6 +59,9 @@ _PUBLIC = {
     "batch_size_sweep": "lightning_dynamics.experiments",
     "compose_strategy": "lightning_dynamics.strategies",
     "edge_test": "lightning_dynamics.experiments",
+    "figures": "lightning_dynamics.recording",
+    "load_records": "lightning_dynamics.recording",
+    "load_runs": "lightning_dynamics.recording",
     "read_records": "lightning_dynamics.recording",
 }
 
@@ -72,8 +77,10 @@ __all__ = [
     "NoisyDescentStrategy",
     "Probe",
     "Record",
+    "RecordTable",
     "Reference",
     "RhoByLearningRate",
+    "Run",
     "SAMMonitor",
     "SAMStrategy",
     "SamplingOrderStrategy",
@@ -82,6 +89,9 @@ __all__ = [
     "batch_size_sweep",
     "compose_strategy",
     "edge_test",
+    "figures",
+    "load_records",
+    "load_runs",
     "read_records",
 ]
 

@@ -25,7 +25,7 @@ from lightning_dynamics.callbacks.probe import Probe, ProbeData
 from lightning_dynamics.metrics import StabilityRule
 from lightning_dynamics.objective.replay import Replay
 from lightning_dynamics.recording.quantity import QuantityTable
-from lightning_dynamics.recording.reading import read_records
+from lightning_dynamics.recording.reading import Run, read_records
 from lightning_dynamics.recording.record import Record, new_name
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -317,6 +317,11 @@ class DynamicsMonitor(Callback, Generic[Subject]):
             path = self.record_path
             records = [] if path is None else read_records(path)
         return sorted((r for r in records if r.monitor == self.label), key=lambda record: record.step)
+
+    @property
+    def run(self) -> Run:
+        """The same with what the quantities mean: what :mod:`lightning_dynamics.figures` draws."""
+        return Run(self.label, (), self.history, declared=[self.table])
 
     @property
     def record_path(self) -> Path | None:

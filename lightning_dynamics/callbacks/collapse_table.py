@@ -250,7 +250,14 @@ def collapse_table(name: str | None, has_validation: bool) -> QuantityTable:
     """
     family = "collapse" if name is None else f"collapse_{name}"
     title = "Neural collapse" if name is None else f"Neural collapse ({name})"
-    return QuantityTable(family, title, tuple(_quantities(has_validation)), headline=("nc1",), log_panels=_LOGARITHMIC)
+    return QuantityTable(
+        family,
+        title,
+        tuple(_quantities(has_validation)),
+        headline=("nc1",),
+        references=("nc1_floor",),
+        log_panels=_LOGARITHMIC,
+    )
 
 
 def _quantities(has_validation: bool) -> Iterator[Quantity]:

@@ -76,7 +76,13 @@ def displacement_table(name: str | None, is_projected: bool, has_probe: bool, mo
                 form="phase",
             )
         )
-    return QuantityTable(family, "Displacement", tuple(quantities), headline=("from_init",))
+    return QuantityTable(
+        family,
+        "Displacement",
+        tuple(quantities),
+        headline=("from_init",),
+        references=tuple(q.key for q in quantities if "_predicted" in q.key),
+    )
 
 
 def _moved(error: ErrorKind) -> Iterator[Quantity]:

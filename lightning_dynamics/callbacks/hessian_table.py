@@ -47,6 +47,8 @@ def hessian_table(top_k: int, bottom_k: int, operator: str = "hessian", name: st
         tuple(quantities),
         headline=("edge_ratio", "top_1") if operator == "hessian" else ("top_1",),
         log_panels=("Probe loss", "Gradient norm"),
+        references=("stability_threshold",),
+        levels=(("edge_ratio", 1.0), ("sam_oscillation", 1.0)),
     )
 
 

@@ -176,6 +176,8 @@ def sharpness_table(name: str | None = None) -> QuantityTable:
             ),
         ),
         headline=("edge_ratio",),
+        references=("stability_threshold", "small_batch_level", "gni_predicted"),
+        levels=tuple((key, 1.0) for key in ("edge_ratio", "edge_ratio_small_batch", "update_edge", "balance_ratio")),
     )
 
 

@@ -66,6 +66,8 @@ class QuantityTable:
         quantities: The quantities, in the order in which they are shown.
         headline: Names, without the family, of those that one looks at first.
         log_panels: Titles of the charts that are read on a logarithmic axis.
+        references: Names of what others are compared with, such as a threshold.
+        levels: Names with the value that they are compared with, such as 1 for a ratio to a threshold.
     """
 
     family: str
@@ -73,6 +75,8 @@ class QuantityTable:
     quantities: tuple[Quantity, ...]
     headline: tuple[str, ...] = ()
     log_panels: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    levels: tuple[tuple[str, float], ...] = ()
 
     def keys(self, *, default_only: bool = False) -> list[str]:
         """Full keys, family included."""
@@ -106,6 +110,7 @@ class QuantityTable:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """The declarations by full key, as they stand in a record file's header."""
+        levels = dict(self.levels)
         return {
             f"{self.family}/{q.name}": {
                 "symbol": q.symbol,
@@ -117,6 +122,8 @@ class QuantityTable:
                 **({"logged": True} if q.on_by_default else {}),
                 **({"headline": True} if q.name in self.headline else {}),
                 **({"log": True} if q.panel in self.log_panels else {}),
+                **({"reference": True} if q.name in self.references else {}),
+                **({"level": levels[q.name]} if q.name in levels else {}),
                 **({"form": q.form} if q.form != "scalar" else {}),
                 **({"shows": [list(pair) for pair in q.shows]} if q.shows else {}),
             }
@@ -139,6 +146,8 @@ class QuantityTable:
             tuple(_described(name, each) for name, each in own.items()),
             tuple(name for name, each in own.items() if each.get("headline")),
             tuple(dict.fromkeys(str(each.get("panel", name)) for name, each in own.items() if each.get("log"))),
+            tuple(name for name, each in own.items() if each.get("reference")),
+            tuple((name, float(each["level"])) for name, each in own.items() if each.get("level") is not None),
         )
 
     def find(self, key: str) -> Quantity | None:

@@ -73,6 +73,7 @@ class Run:
         records: Measurements, oldest first, superseded ones dropped.
         costs: What measuring had cost, oldest first.
         damage: Lines of its files that could not be read, in words.
+        declared: Its quantities, where there is no file that declares them.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Run:
     records: Sequence[Record]
     costs: Sequence[Cost] = ()
     damage: Sequence[str] = ()
+    declared: Sequence[QuantityTable] = ()
 
     @property
     def header(self) -> Mapping[str, Any]:
@@ -88,12 +90,15 @@ class Run:
 
     @cached_property
     def tables(self) -> list[QuantityTable]:
-        """The quantities of its monitors, as the file declares them."""
+        """The quantities of its monitors, as the file declares them; by their keys alone where nothing does."""
+        if self.declared:
+            return list(self.declared)
         declared: dict[str, Any] = {}
         titles: dict[str, str] = {}
         for segment in self.segments:
             declared.update(segment.header.get("quantities", {}))
             titles.update(segment.header.get("families", {}))
+        declared = declared or _inferred(self.records)
         families = dict.fromkeys(key.partition("/")[0] for key in declared)
         return [QuantityTable.described(family, titles.get(family, family), declared) for family in families]
 
@@ -116,7 +121,7 @@ class Run:
     @cached_property
     def keys(self) -> list[str]:
         """Full keys of all quantities that have a value somewhere, in the order in which they are declared."""
-        found = dict.fromkeys(key for record in self.records for key in record.scalars)
+        found = _keys(self.records)
         declared = chain.from_iterable(table.keys() for table in self.tables)
         place = {key: i for i, key in enumerate(declared)}
         places = {key: place.get(self._declared_name(key), len(place)) for key in found}
@@ -153,6 +158,26 @@ class Run:
     def _declared_name(self, key: str) -> str:
         quantity = self.quantity(key)
         return key if quantity is None else f"{key.partition('/')[0]}/{quantity.name}"
+
+
+def _keys(records: Iterable[Record]) -> dict[str, None]:
+    """All keys in records, in the order in which they come."""
+    return dict.fromkeys(key for record in records for key in record.scalars)
+
+
+def _inferred(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """What records alone tell of their quantities."""
+    names = {key: key.partition("/")[2] for key in _keys(records)}
+    declared: dict[str, dict[str, Any]] = {
+        key: {"symbol": name, "panel": name, "logged": True} for key, name in names.items()
+    }
+    arrays = dict.fromkeys(name for record in records for name in record.arrays)
+    for start, form in (("density_nodes", "density"), ("from_init_squares", "diffusion"), ("q_", "phase")):
+        families = dict.fromkeys(name.partition("/")[0] for name in arrays if name.partition("/")[2].startswith(start))
+        declared.update({f"{family}/{form}": {"form": form} for family in families})
+    for family in dict.fromkeys(key.partition("/")[0] for key in names if key.endswith("/cdnv")):
+        declared[f"{family}/depth"] = {"form": "depth", "shows": [["nc1", "nc1_floor"], ["cdnv", None]]}
+    return declared
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:

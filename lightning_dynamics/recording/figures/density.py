@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_dynamics.recording.figures.style import BLUE, VERMILION
+from lightning_dynamics.recording.figures.style import BLUE, VERMILION, house_style, log_limits, plain
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _BINS = 64
@@ -60,25 +61,41 @@ class DensityView:
         shares = (reach[1:] - reach[:-1]) / (reach[-1] - reach[0])
         return torch.log10(1 + self.size * (shares * weights).sum(dim=1)), edges
 
+    @house_style
     def figure(self, step: int | None = None) -> Figure:
         """Number of eigenvalues per unit of λ on a logarithmic axis, certified ones marked."""
         from matplotlib.figure import Figure
 
-        low, high = float(self.nodes[0]), float(self.nodes[-1])
-        right = high if self.threshold is None or self.threshold > 3 * abs(high) else max(high, self.threshold)
-        narrowest = max(high - low, 1e-12) / 120
-        margin = 5 * narrowest
-        grid = torch.linspace(low - margin, right + margin, _GRID, dtype=torch.float64)
-        counts = self.size * self._smoothed(grid, narrowest)
         figure = Figure(figsize=(5.6, 3.4), dpi=120, layout="constrained")
-        axes = figure.add_subplot()
-        floor = max(float(counts.max()), 1e-12) * 1e-7
-        axes.fill_between(grid.tolist(), floor, counts.clamp(min=floor).tolist(), color=BLUE, alpha=0.25, linewidth=0)
-        axes.plot(grid.tolist(), counts.clamp(min=floor).tolist(), color=BLUE, linewidth=1.5)
+        self.draw(figure.add_subplot(), *self.extent)
+        axes = figure.axes[0]
+        axes.set_xlabel(plain(f"eigenvalue λ [{self.unit}]"))
+        axes.set_ylabel("eigenvalues per unit of λ")
+        axes.set_title(plain(self.title if step is None else f"{self.title}, step {step}"), fontsize=10)
+        return figure
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Ends of an axis that shows the spectrum, and the threshold where it is not far beyond."""
+        low, high = float(self.nodes[0]), float(self.nodes[-1])
+        near = self.threshold is not None and self.threshold <= 3 * abs(high)
+        right = max(high, self.threshold) if near and self.threshold is not None else high
+        margin = max(right - low, 1e-12) / 24
+        return low - margin, right + margin
+
+    def draw(self, axes: Axes, left: float, right: float, most: float | None = None) -> None:
+        """Draw it into axes that go from ``left`` to ``right``, and up to ``most`` eigenvalues per unit of λ."""
+        grid = torch.linspace(left, right, _GRID, dtype=torch.float64)
+        counts = self.counts(grid)
+        highest = float(counts.max()) if most is None else most
+        floor = max(highest, 1e-12) * 1e-7
+        curve = counts.clamp(min=floor).tolist()
+        axes.fill_between(grid.tolist(), floor, curve, color=BLUE, alpha=0.25, linewidth=0)
+        axes.plot(grid.tolist(), curve, color=BLUE, linewidth=1.5)
         axes.plot(
             self.certain, [0.02] * len(self.certain), "|", color=BLUE, ms=10, transform=axes.get_xaxis_transform()
         )
-        if self.threshold is not None and low < self.threshold <= right:
+        if self.threshold is not None and left < self.threshold <= right:
             axes.axvline(self.threshold, color=VERMILION, linestyle="--", linewidth=1.5)
             axes.annotate(
                 "edge of stability",
@@ -93,12 +110,14 @@ class DensityView:
                 fontsize=8,
             )
         axes.set_yscale("log")
-        axes.set_ylim(bottom=floor)
-        axes.set_xlabel(f"eigenvalue λ [{self.unit}]")
-        axes.set_ylabel("eigenvalues per unit of λ")
-        axes.set_title(self.title if step is None else f"{self.title}, step {step}", fontsize=10)
+        log_limits(axes, "y", [floor, highest], 0, 0.04)
+        axes.set_xlim(left, right)
         axes.spines[["top", "right"]].set_visible(False)
-        return figure
+
+    def counts(self, grid: Tensor) -> Tensor:
+        """Eigenvalues per unit of λ at these places, shape as ``grid``, float64."""
+        span = float(self.nodes[-1]) - float(self.nodes[0])
+        return self.size * self._smoothed(grid, max(span, 1e-12) / 120)
 
     def _smoothed(self, grid: Tensor, narrowest: float) -> Tensor:
         """The density at ``grid``."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_dynamics.recording.figures.style import GREY, time_colours
+from lightning_dynamics.recording.figures.style import GREY, house_style, log_limits, plain, time_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +53,7 @@ class DepthView:
     def histogram(self) -> None:
         """There is none."""
 
+    @house_style
     def figure(self, step: int | None = None) -> Figure:
         """One panel for each quantity, logarithmic, lines coloured by time."""
         from matplotlib.cm import ScalarMappable
@@ -64,7 +65,7 @@ class DepthView:
         times = [float(line.epoch if by_epoch else line.step) for line in lines]
         norm = Normalize(times[0], max(times[-1], times[0] + 1))
         colours = time_colours()
-        places, labels = range(len(self.layers)), _short(self.layers)
+        places, labels = range(len(self.layers)), [plain(name) for name in _short(self.layers)]
         # the last layer is always named
         ticks = range(len(labels) - 1, -1, -(1 + (len(labels) - 1) // _TICKS))
         size = 3 if len(labels) <= _TICKS else 0
@@ -79,8 +80,9 @@ class DepthView:
                 axes.plot(places, values, ":", color=GREY, linewidth=1.5, label="noise alone, last line")
                 axes.legend(fontsize=7, frameon=False)
             axes.set_yscale("log")
-            axes.minorticks_off()
-            axes.set_ylabel(name.upper())
+            drawn = [value for line in lines for value in line.values[name]]
+            log_limits(axes, "y", [*drawn, *(lines[-1].values[floor] if floor is not None else ())], 0.05)
+            axes.set_ylabel(plain(name.upper()))
             axes.set_xticks(list(ticks), [labels[tick] for tick in ticks], fontsize=7)
             if len(labels) > 3:
                 axes.tick_params("x", rotation=60)
@@ -95,7 +97,7 @@ class DepthView:
         place = figure.add_axes((1 - 0.8 / width, bottom, 0.12 / width, 0.9 - bottom))
         bar = figure.colorbar(ScalarMappable(norm, colours), cax=place, label="epoch" if by_epoch else "step")
         bar.outline.set_visible(False)
-        figure.suptitle(self.title if step is None else f"{self.title}, up to step {step}", fontsize=10)
+        figure.suptitle(plain(self.title if step is None else f"{self.title}, up to step {step}"), fontsize=10)
         return figure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning_dynamics.recording.figures.style import (
     BLUE,
@@ -14,9 +14,12 @@ from lightning_dynamics.recording.figures.style import (
     PALE,
     PURPLE,
     VERMILION,
+    house_style,
+    is_drawn,
+    log_limits,
     number,
+    plain,
     plus_minus,
-    power_of_ten,
     remark_lines,
 )
 from lightning_dynamics.recording.record import Record
@@ -27,10 +30,8 @@ if TYPE_CHECKING:
 
 _LEGEND_LINE = 0.062  # of the height of the left panel
 _GUIDES = 0.27  # of this height too, and of its width
-_LARGEST = 1e100  # that is drawn; its reciprocal is the smallest
 _LOCAL = (-0.5, 2.5)  # exponents that are always shown
 _LOCAL_LIMITS = (-2.0, 4.0)
-_TICKS = 7
 _WIDTH = 150  # letters of a remark in a line
 
 
@@ -51,6 +52,7 @@ class DiffusionView:
     def histogram(self) -> None:
         """There is none."""
 
+    @house_style
     def figure(self, step: int | None = None) -> Figure:
         """Squared distances with their fit and what imitates it, sliding exponent, and squared step length."""
         from matplotlib.figure import Figure
@@ -80,7 +82,7 @@ class DiffusionView:
             axes.tick_params(labelsize=8)
             axes.set_autoscale_on(False)
             axes.set_xscale("log")
-            _set_limits(axes, "x", [lag for name, *_ in self._curves() for lag in self._array(f"{name}_lags")], 0.02)
+            log_limits(axes, "x", [lag for name, *_ in self._curves() for lag in self._array(f"{name}_lags")], 0.02)
             if window is not None:
                 axes.axvspan(*window, color=GREY, alpha=0.1, linewidth=0)
         since = "start or reference" if self._has_reference else "the start"
@@ -93,9 +95,9 @@ class DiffusionView:
             panels[2].tick_params("x", labelbottom=False)
             self._draw_exponents(panels[2], exponents)
         title = self.title if self._has_reference else f"{self.title} from the start"
-        figure.suptitle(title if step is None else f"{title}, up to step {step}", fontsize=10, y=0.97)
+        figure.suptitle(plain(title if step is None else f"{title}, up to step {step}"), fontsize=10, y=0.97)
         for i, line in enumerate(reversed(remarks)):
-            figure.text(0.012, 0.015 + 0.035 * i, line, fontsize=7, color=GREY)
+            figure.text(0.012, 0.015 + 0.035 * i, plain(line), fontsize=7, color=GREY)
         return figure
 
     def _draw_distances(self, axes: Axes) -> None:
@@ -114,13 +116,13 @@ class DiffusionView:
             label = _null("Ornstein–Uhlenbeck", self._scalar("exponent_ou"), self._law.get("ou") or {})
             axes.plot(*_drawable(bowl), ":", color=PURPLE, linewidth=1.6, label=label)
         window, exponent, prefactor = self._window(), self._scalar("exponent"), number(self._law.get("prefactor"))
-        if window is not None and math.isfinite(exponent) and _is_drawn(prefactor):
+        if window is not None and math.isfinite(exponent) and is_drawn(prefactor):
             fitted = [(lag, 10.0 ** _within(math.log10(prefactor) + exponent * math.log10(lag))) for lag in window]
             label = f"a tᶜ, c = {plus_minus(exponent, self.record.errors.get(f'{self._family}/exponent'))}"
             axes.plot(*_drawable(fitted), color=VERMILION, linewidth=1.8, label=label)
         above = max(_GUIDES, _LEGEND_LINE * (len(axes.get_legend_handles_labels()[0]) + 0.5))
         measured = [square for name, *_ in self._curves() for square in self._array(f"{name}_squares")]
-        _set_limits(axes, "y", measured, 0.04, above)
+        log_limits(axes, "y", measured, 0.04, above)
         _draw_guides(axes, _GUIDES)
         axes.set_ylabel("squared distance ‖Δₜ‖² [θ²]", fontsize=9)
         axes.legend(loc="upper left", fontsize=7.5, frameon=False, borderaxespad=0.2, labelspacing=0.25)
@@ -155,7 +157,7 @@ class DiffusionView:
     def _draw_steps(self, axes: Axes) -> None:
         for name, colour, _ in self._curves():
             axes.plot(*_drawable(self._pairs(f"{name}_lags", f"{name}_steps")), color=colour, linewidth=1.2)
-        _set_limits(axes, "y", [step for name, *_ in self._curves() for step in self._array(f"{name}_steps")], 0.06)
+        log_limits(axes, "y", [step for name, *_ in self._curves() for step in self._array(f"{name}_steps")], 0.06)
         axes.set_ylabel("squared step [θ²]", fontsize=9)
 
     def _curves(self) -> list[tuple[str, str, str]]:
@@ -187,11 +189,11 @@ class DiffusionView:
 
     def _window(self) -> tuple[float, float] | None:
         ends = [number(end) for end in self._law.get("window") or ()]
-        return (ends[0], ends[1]) if len(ends) == 2 and ends[0] < ends[1] and all(map(_is_drawn, ends)) else None
+        return (ends[0], ends[1]) if len(ends) == 2 and ends[0] < ends[1] and all(map(is_drawn, ends)) else None
 
     def _pairs(self, lags: str, values: str) -> list[tuple[float, float]]:
         """Positive lags with their values."""
-        return [pair for pair in zip(self._array(lags), self._array(values), strict=False) if _is_drawn(pair[0])]
+        return [pair for pair in zip(self._array(lags), self._array(values), strict=False) if is_drawn(pair[0])]
 
     def _array(self, name: str) -> list[float]:
         return self.record.arrays.get(f"{self._family}/{name}", [])
@@ -208,40 +210,12 @@ def _null(name: str, exponent: float, found: dict[str, Any]) -> str:
 
 def _drawable(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     """What logarithmic axes can show, with gaps."""
-    return [x for x, _ in pairs], [y if _is_drawn(y) else math.nan for _, y in pairs]
-
-
-def _is_drawn(value: float) -> bool:
-    return 1 / _LARGEST < value < _LARGEST
+    return [x for x, _ in pairs], [y if is_drawn(y) else math.nan for _, y in pairs]
 
 
 def _within(power: float) -> float:
     """A power of ten that a float can hold."""
     return min(max(power, -300.0), 300.0)
-
-
-def _set_limits(axes: Axes, which: Literal["x", "y"], values: Sequence[float], margin: float, above: float = 0) -> None:
-    """Ends and ticks of a logarithmic axis that shows the values, with room on both sides as shares of its length."""
-    logs = [math.log10(value) for value in values if _is_drawn(value)] or [0.0]
-    low, high = min(logs), max(logs)
-    if high - low < 0.5:
-        low, high = low - 0.25, high + 0.25
-    length = (high - low) / (1 - 2 * margin - above)
-    low, high = low - margin * length, high + (margin + above) * length
-    decades = range(math.ceil(low), math.floor(high) + 1)
-    powers = list(decades[:: len(decades) // (_TICKS + 1) + 1])
-    names = [power_of_ten(power).strip() or "10⁰" for power in powers]
-    if len(powers) > 1:
-        ticks = [10.0**power for power in powers]
-    else:
-        spread = [(m, power) for power in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)]
-        shown = [(m, power) for m, power in spread if low <= math.log10(m) + power <= high]
-        ticks = [m * 10.0**power for m, power in shown]
-        names = [str(m * 10**power) if 0 <= power < 3 else f"{m}·{power_of_ten(power).strip()}" for m, power in shown]
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_ticks(ticks, names)
-    axis.set_ticks([], minor=True)
-    (axes.set_xlim if which == "x" else axes.set_ylim)(10.0**low, 10.0**high)
 
 
 def _draw_guides(axes: Axes, size: float) -> None:

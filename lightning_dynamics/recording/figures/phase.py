@@ -16,7 +16,9 @@ from lightning_dynamics.recording.figures.style import (
     GREY,
     PALE,
     VERMILION,
+    house_style,
     number,
+    plain,
     plus_minus,
     power_of_ten,
     remark_lines,
@@ -56,6 +58,7 @@ class PhaseView:
     def histogram(self) -> None:
         """There is none."""
 
+    @house_style
     def figure(self, step: int | None = None) -> Figure:
         """One plane for each of at most six modes: the trajectory coloured by time, measured and predicted width."""
         from matplotlib.cm import ScalarMappable
@@ -98,8 +101,10 @@ class PhaseView:
             borderaxespad=0,
         )
         for i, line in enumerate(reversed(remarks)):
-            figure.text(_LEFT / width, (0.05 + 0.14 * i) / height, line, fontsize=7, color=GREY)
-        figure.suptitle(self.title if step is None else f"{self.title}, step {step}", fontsize=10, y=1 - 0.1 / height)
+            figure.text(_LEFT / width, (0.05 + 0.14 * i) / height, plain(line), fontsize=7, color=GREY)
+        figure.suptitle(
+            plain(self.title if step is None else f"{self.title}, step {step}"), fontsize=10, y=1 - 0.1 / height
+        )
         return figure
 
     def _draw(self, axes: Axes, mode: str, norm: Normalize, colours: Colormap) -> None:
@@ -147,10 +152,10 @@ class PhaseView:
             self._compared("frequency", "φ", " rad/step", mode),
             self._compared("equipartition", "Var p/Var q", "", mode),
         ]
-        axes.set_title("\n".join(heading), fontsize=7.5, loc="left", y=1.0)
+        axes.set_title(plain("\n".join(heading)), fontsize=7.5, loc="left", y=1.0)
         for i, line in enumerate(remark_lines(self._facts(mode), _LETTERS, 3)):
             axes.annotate(
-                line,
+                plain(line),
                 (0, 0),
                 (0, -34 - 8 * i),
                 xycoords="axes fraction",

@@ -4,21 +4,50 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import wraps
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
 # Okabe and Ito: told apart by colour-blind readers, and in print
 BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666"
 PALE = "#bbbbbb"
+ORANGE, SKY = "#e69f00", "#56b4e9"
+CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _DIGITS = 6  # behind the point
+_LARGEST = 1e100  # that a logarithmic axis shows; its reciprocal is the smallest
+_TICKS = 7
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def house_style(draw: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Draw in the house style, whatever style the process has chosen for its own figures."""
+
+    @wraps(draw)
+    def in_style(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        import matplotlib
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+def plain(text: str) -> str:
+    """A text for a figure in which no ``$`` begins a formula: names are not mathematics."""
+    return text.replace("$", r"\$")
 
 
 class View(Protocol):
@@ -84,6 +113,76 @@ def remark_lines(remarks: Sequence[str], width: int, most: int = 2) -> list[str]
     return textwrap.wrap("; ".join(remarks), width, max_lines=most, placeholder=" …")
 
 
+def is_drawn(value: float) -> bool:
+    """Whether a logarithmic axis can show it."""
+    return 1 / _LARGEST < value < _LARGEST
+
+
+def log_limits(axes: Axes, which: Literal["x", "y"], values: Sequence[float], margin: float, above: float = 0) -> None:
+    """Ends and ticks of a logarithmic axis that shows the values, with room on both sides as shares of its length."""
+    logs = [math.log10(value) for value in values if is_drawn(value)] or [0.0]
+    low, high = min(logs), max(logs)
+    if high - low < 0.5:
+        low, high = low - 0.25, high + 0.25
+    length = (high - low) / (1 - 2 * margin - above)
+    low, high = low - margin * length, high + (margin + above) * length
+    decades = range(math.ceil(low), math.floor(high) + 1)
+    powers = list(decades[:: len(decades) // (_TICKS + 1) + 1])
+    names = [power_of_ten(power).strip() or "10⁰" for power in powers]
+    if len(powers) > 1:
+        ticks = [10.0**power for power in powers]
+    else:
+        spread = [(m, power) for power in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)]
+        shown = [(m, power) for m, power in spread if low <= math.log10(m) + power <= high]
+        ticks = [m * 10.0**power for m, power in shown]
+        names = [
+            f"{m * 10.0**power:g}" if -3 < power < 3 else f"{m}·{power_of_ten(power).strip()}" for m, power in shown
+        ]
+    _set_axis(axes, which, (10.0**low, 10.0**high), ticks, names)
+
+
+def linear_limits(axes: Axes, which: Literal["x", "y"], values: Sequence[float], margin: float) -> None:
+    """Ends and ticks of a linear axis that shows the values."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
+        low, high = low - (0.05 * abs(low) or 0.5), high + (0.05 * abs(high) or 0.5)
+    length = high - low
+    low, high = low - margin * length, high + margin * length
+    ticks = [float(tick) for tick in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    _set_axis(axes, which, (low, high), ticks, _tick_names(ticks))
+
+
+def _tick_names(ticks: Sequence[float]) -> list[str]:
+    """As many digits as tell them apart; thousands as k, millions as M, what is larger or smaller by powers of ten."""
+    largest = max((abs(tick) for tick in ticks), default=0.0)
+    spacing = min((abs(b - a) for a, b in pairwise(ticks)), default=largest)
+    power = _power(largest)
+    factor, unit = 1.0, ""
+    if 4 <= power < 6:
+        factor, unit = 1e3, "k"
+    elif 6 <= power < 9:
+        factor, unit = 1e6, "M"
+    elif not -3 <= power < 4:
+        factor, unit = 10.0**power, f"·{power_of_ten(power).strip()}"
+    digits = max(0, min(_DIGITS, -math.floor(math.log10(spacing / factor * 1.0001)))) if spacing else 0
+    if spacing and any(abs(round(t / factor, digits) - t / factor) > 1e-3 * spacing / factor for t in ticks):
+        digits += 1  # steps of 2.5
+    return [f"{tick / factor + 0.0:.{digits}f}{unit if tick else ''}" for tick in ticks]
+
+
+def _set_axis(
+    axes: Axes, which: Literal["x", "y"], limits: tuple[float, float], ticks: Sequence[float], names: Sequence[str]
+) -> None:
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_ticks(ticks, names)
+    axis.set_ticks([], minor=True)
+    (axes.set_xlim if which == "x" else axes.set_ylim)(*limits)
+
+
+@house_style
 def rendered(figure: Figure) -> Tensor:
     """A figure's pixels, shape ``(height, width, 3)``, uint8; no state of matplotlib's is touched."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -37,8 +37,8 @@ def densities(record: Record, tables: Sequence[QuantityTable]) -> Iterator[Densi
     """The spectra of a record."""
     for table in tables:
         for quantity, key in table.of_form("density"):
-            if f"{key}_nodes" in record.arrays:
-                spectrum = record.notes["spectrum"]
+            spectrum = record.notes.get("spectrum")
+            if f"{key}_nodes" in record.arrays and isinstance(spectrum, dict):
                 yield DensityView(
                     key,
                     record.arrays[f"{key}_nodes"],
