@@ -9,6 +9,7 @@ from lightning_dynamics._names import register
 
 if TYPE_CHECKING:
     from lightning_dynamics.callbacks import (
+        Dashboard,
         DisplacementMonitor,
         GradientNoiseMonitor,
         HessianMonitor,
@@ -40,6 +41,7 @@ _PUBLIC = {
     "DDPNoisyDescentStrategy": "lightning_dynamics.strategies",
     "DDPSAMStrategy": "lightning_dynamics.strategies",
     "DDPSamplingOrderStrategy": "lightning_dynamics.strategies",
+    "Dashboard": "lightning_dynamics.callbacks",
     "DisplacementMonitor": "lightning_dynamics.callbacks",
     "GradientNoiseMonitor": "lightning_dynamics.callbacks",
     "HessianMonitor": "lightning_dynamics.callbacks",
@@ -70,6 +72,7 @@ __all__ = [
     "DDPNoisyDescentStrategy",
     "DDPSAMStrategy",
     "DDPSamplingOrderStrategy",
+    "Dashboard",
     "DisplacementMonitor",
     "GradientNoiseMonitor",
     "HessianMonitor",

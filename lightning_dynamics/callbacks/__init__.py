@@ -2,6 +2,7 @@
 
 from lightning_dynamics.callbacks.base import DynamicsMonitor
 from lightning_dynamics.callbacks.curvature import CurvatureMonitor
+from lightning_dynamics.callbacks.dashboard import Dashboard
 from lightning_dynamics.callbacks.displacement import DisplacementMonitor
 from lightning_dynamics.callbacks.feature_monitor import FeatureMonitor
 from lightning_dynamics.callbacks.gradient_noise import GradientNoiseMonitor
@@ -15,6 +16,7 @@ from lightning_dynamics.callbacks.stochastic_sharpness import StochasticSharpnes
 
 __all__ = [
     "CurvatureMonitor",
+    "Dashboard",
     "DisplacementMonitor",
     "DynamicsMonitor",
     "FeatureMonitor",

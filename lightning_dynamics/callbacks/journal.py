@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import platform
-import re
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
-import lightning_dynamics
 from lightning_dynamics import _compat
+from lightning_dynamics.callbacks.header import facts, without_secrets
 from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.recording.figures.style import View
 from lightning_dynamics.recording.figures.views import views_of
 from lightning_dynamics.recording.quantity import QuantityTable, about_text
 from lightning_dynamics.recording.reading import join_segments, read_segments
 from lightning_dynamics.recording.record import Cost, Parent, Record, RecordFile, new_name
-from lightning_dynamics.recording.writer import LoggerWriter
-
-_SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+from lightning_dynamics.recording.writer import Display, LoggerWriter
 
 
 class Journal:
@@ -37,21 +31,34 @@ class Journal:
         failures: Writes that failed, to the file and to loggers.
     """
 
-    def __init__(self, run: str, directory: Path | None, loggers: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        run: str,
+        directory: Path | None,
+        loggers: Sequence[Any],
+        display: Display | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.records: list[Record] = []
         self._run = run
         self._directory = directory
         self._file: RecordFile | None = None
         self._segment: str | None = None
         self._parent: tuple[str, str | None] | None = None
-        self._writer = LoggerWriter(loggers, self._logger_failed)
+        self._writer = LoggerWriter(loggers, self._logger_failed, display, say)
         self._tables: list[QuantityTable] = []
         self._warned = False
         self.failures = 0
 
     @classmethod
     def open(
-        cls, trainer: Trainer, ranks: Ranks, previous: Journal | None, lineage: Mapping[str, Any] | None
+        cls,
+        trainer: Trainer,
+        ranks: Ranks,
+        previous: Journal | None,
+        lineage: Mapping[str, Any] | None,
+        display: Display,
+        say: Callable[[str], None],
     ) -> Journal:
         """The journal of the fit that is about to start: a new run, or one that goes on.
 
@@ -60,11 +67,13 @@ class Journal:
             ranks: The ranks.
             previous: The journal of this Trainer's last fit in this process.
             lineage: What a checkpoint says of the run that it is from.
+            display: What loggers show besides curves.
+            say: Told what the user should know.
         """
         run = ranks.share(lineage["run"] if lineage else previous._run if previous else new_name())
         writes = ranks.leads and not _compat.is_trial(trainer)
         directory = _run_directory(trainer, run) if writes else None
-        journal = cls(run, directory, trainer.loggers if writes else [])
+        journal = cls(run, directory, trainer.loggers if writes else [], display, say)
         if previous is not None and previous._run == run:
             journal._file = previous._file
             journal.records = previous.records
@@ -110,12 +119,14 @@ class Journal:
         quantities: dict[str, Any] = {}
         for table in tables:
             quantities.update(table.describe())
+        for key in (key for table in shown for key in table.keys()):
+            quantities[key]["logged"] = True  # what `also_log` adds, too
         if self._file is not None:
             titles = {table.family: table.title for table in tables}
             line = {**header, "families": titles, "quantities": quantities}
             self._try_to(partial(self._file.begin, self._run, self._segment, parent, line))
         self._tables = list(tables)
-        self._writer.begin(shown, about_text(tables, _facts(header)))
+        self._writer.begin(shown, about_text(tables, facts(header), shown))
 
     def write(self, records: Iterable[Record], logged: Mapping[str, float], cost: Cost) -> None:
         """Keep records of one step, and log values at it in one call.
@@ -127,7 +138,8 @@ class Journal:
         """
         views: list[View] = []
         is_last = False
-        for record in records:
+        for found in records:
+            record = replace(found, notes=without_secrets(found.notes))
             is_last = is_last or record.final
             # a resumed run may finish a pair that the interrupted one finished after its checkpoint
             self.records = [r for r in self.records if r.step != record.step or r.monitor != record.monitor]
@@ -159,63 +171,6 @@ class Journal:
 
     def _logger_failed(self) -> None:
         self.failures += 1
-
-
-def header_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """What a record file should say of the run that it belongs to."""
-    return {
-        "time": round(time.time(), 3),
-        "versions": {
-            "lightning_dynamics": lightning_dynamics.__version__,
-            "lightning": lightning.__version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
-        "module": type(module).__name__,
-        "hyperparameters": _plain(dict(module.hparams)),
-        "trainer": {
-            "max_epochs": trainer.max_epochs,
-            "max_steps": trainer.max_steps,
-            "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "gradient_clip_val": trainer.gradient_clip_val,
-            "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm) if trainer.gradient_clip_val else None,
-            "precision": str(trainer.precision),
-            "strategy": type(trainer.strategy).__name__,
-            "world_size": trainer.world_size,
-            "batches_per_epoch": trainer.num_training_batches if trainer.num_training_batches < 1e300 else None,
-        },
-    }
-
-
-def _facts(header: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a reader of the curves should know of this run first."""
-    for label, monitor in header["monitors"].items():
-        probe = monitor["probe"]
-        share = "" if probe["fraction"] is None else f" of {probe['N']} ({100 * probe['fraction']:.3g} %)"
-        yield f"{label}, data", f"{probe['kind']}" + (f", {probe['n']} samples{share}" if probe["n"] else "")
-        if "threshold_rule" in monitor:
-            yield f"{label}, threshold", monitor["threshold_rule"]
-        yield f"{label}, cadence", monitor["cadence"]
-    yield "versions", ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-
-
-def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Hyper-parameters that are numbers, strings or containers of them, without anything that looks like a secret."""
-    plain: dict[str, Any] = {}
-    for key, value in values.items():
-        if _SECRET.search(str(key)):
-            continue
-        if isinstance(value, Mapping):
-            plain[str(key)] = _plain(value)
-        elif isinstance(value, (list, tuple)):
-            plain[str(key)] = [v for v in value if isinstance(v, (bool, int, str)) or _is_finite(v)]
-        elif value is None or isinstance(value, (bool, int, str)) or _is_finite(value):
-            plain[str(key)] = value
-    return plain
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, float) and value == value and abs(value) < float("inf")
 
 
 def _run_directory(trainer: Trainer, run: str) -> Path:

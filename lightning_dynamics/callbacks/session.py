@@ -22,8 +22,10 @@ from lightning_dynamics.callbacks.checks import (
     default_cadence,
     takes_iterator,
 )
+from lightning_dynamics.callbacks.dashboard import display_of
 from lightning_dynamics.callbacks.following import Follower
-from lightning_dynamics.callbacks.journal import Journal, header_of
+from lightning_dynamics.callbacks.header import header_of
+from lightning_dynamics.callbacks.journal import Journal
 from lightning_dynamics.callbacks.ledger import COST, Ledger
 from lightning_dynamics.callbacks.measured import Role, When
 from lightning_dynamics.callbacks.measurements import Measurements
@@ -31,6 +33,7 @@ from lightning_dynamics.callbacks.measuring import Failure, explain
 from lightning_dynamics.callbacks.monitor_state import MonitorState
 from lightning_dynamics.callbacks.notices import Notices
 from lightning_dynamics.callbacks.probes import Probes
+from lightning_dynamics.callbacks.progress import Progress
 from lightning_dynamics.callbacks.ranks import Ranks
 from lightning_dynamics.recording.record import Record
 from lightning_dynamics.strategies import SAMMixin
@@ -51,6 +54,7 @@ class Session:
         self._ledger = Ledger(self._notices, self._expose)
         self._trainer: Callable[[], Trainer | None] = lambda: None
         self._probes = Probes()
+        self._progress = Progress()
         self._measurements: Measurements | None = None
         self._ranks = Ranks(0, 1, torch.device("cpu"))
         self._last_step: int | None = None
@@ -103,16 +107,18 @@ class Session:
         if self._pulls:
             check_batches(self.monitors)
         check_families(self.monitors)
+        display = display_of(_compat.callbacks(trainer))
         known = set(self._ledger.states) - self._given_up if self._module() is module else set()
         self._module = weakref.ref(module)
         self._given_up = set()
         for monitor in self.monitors:
             self._restore(monitor)
         lineage = next((m._restored["lineage"] for m in self.monitors if m._restored), None)
-        self.journal = Journal.open(trainer, self._ranks, self.journal, lineage)
-        self._probes.read(trainer, self.monitors, self._ranks, self._notices.say)
+        self.journal = Journal.open(trainer, self._ranks, self.journal, lineage, display, self._notices.say)
+        self._progress = Progress(self._trainer)
+        self._probes.read(trainer, self.monitors, self._ranks, self._notices.say, self._progress)
         self._measurements = Measurements(
-            trainer, module, self.monitors, self._probes, self._ledger, self._notices, self._ranks
+            trainer, module, self.monitors, self._probes, self._ledger, self._notices, self._ranks, self._progress
         )
         for monitor in self.monitors:
             if monitor.follower is not None:
@@ -174,7 +180,7 @@ class Session:
             return
         assert self.journal is not None
         self._probes.finish(self.journal.directory)
-        self._probes.look_again(trainer, self.monitors, self._notices.say)
+        self._probes.look_again(trainer, self.monitors, self._notices.say, self._progress)
         self._fit.take_saved()
         step = _compat.curve_step(trainer)
         if step != self._last_step:
@@ -254,7 +260,7 @@ class Session:
         """Let the probes that are made of passing batches see one; take the points that waited for them."""
         assert self.journal is not None
         completed = self._probes.show(batch, self.journal.directory)
-        if self._probes.look_again(trainer, self.monitors, self._notices.say) or completed:
+        if self._probes.look_again(trainer, self.monitors, self._notices.say, self._progress) or completed:
             self._fit.take_saved()
             self._flush(_compat.curve_step(trainer))
 
@@ -405,7 +411,7 @@ class Session:
         tables = [*(monitor.table for monitor in self.monitors), COST]
         ways = bool(trainer.gradient_clip_val), isinstance(trainer.strategy, SAMMixin)
         shown = [*(monitor.table.only(monitor.shown(*ways)) for monitor in self.monitors), COST]
-        self.journal.begin(step, {**header_of(trainer, module), "monitors": introduced}, tables, shown)
+        self.journal.begin(step, header_of(trainer, module, introduced), tables, shown)
 
     def _flush(self, step: int) -> None:
         assert self.journal is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -198,25 +198,44 @@ def layer_keys(names: Iterable[str]) -> dict[str, str]:
     return keys
 
 
-def about_text(tables: Iterable[QuantityTable], facts: Iterable[tuple[str, str]]) -> str:
+def about_text(
+    tables: Sequence[QuantityTable],
+    facts: Iterable[tuple[str, str]],
+    shown: Sequence[QuantityTable] | None = None,
+) -> str:
     """A Markdown page that explains every key in a run's own terms.
+
+    A list and no tables: TensorBoard breaks the words of wide ones.
 
     Args:
         tables: The tables of the run's monitors.
         facts: Pairs of a heading and what holds in this run (which threshold rule, which data, …).
+        shown: What of them comes to the loggers; all by default.
     """
+    logged = {table.family: {q.name for q in table.quantities} for table in (tables if shown is None else shown)}
     lines = ["# lightning_dynamics in this run", ""]
-    lines += [f"- **{name}**: {value}" for name, value in facts]
+    lines += [f"- **{name}**: {_escaped(value)}" for name, value in facts]
     lines += ["", "Set smoothing to 0: it hides the oscillation at the edge and delays every jump.", ""]
     for table in tables:
-        lines += [
-            f"## {table.title}",
-            "",
-            "| key | symbol | unit | what it is | error | source |",
-            "|---|---|---|---|---|---|",
-        ]
-        for q in table.quantities:
-            cells = (f"`{table.family}/{q.name}`", q.symbol, q.unit, q.definition, q.error, q.source)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        own = logged.get(table.family, set())
+        lines += [f"## {table.title}", "", *(_entry(table, q) for q in table.quantities if q.name in own)]
+        rest = [_entry(table, q) for q in table.quantities if q.name not in own]
+        if rest:
+            lines += ["", "In the record only, unless asked for with `also_log`:", "", *rest]
         lines.append("")
     return "\n".join(lines)
+
+
+def _entry(table: QuantityTable, quantity: Quantity) -> str:
+    symbol = f", {_escaped(quantity.symbol)}" if quantity.symbol else ""
+    unit = f" in {_escaped(quantity.unit)}" if quantity.unit != "1" else ""
+    error = "" if quantity.error == "none" else f" Error: {quantity.error}."
+    return (
+        f"- `{table.family}/{quantity.name}`{symbol}{unit}: {_escaped(quantity.definition)}{error} "
+        f"Source: {_escaped(quantity.source)}."
+    )
+
+
+def _escaped(text: str) -> str:
+    """Without what Markdown would take for emphasis, or for the end of a line."""
+    return text.replace("*", "\\*").replace("\n", " ")

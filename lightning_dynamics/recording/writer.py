@@ -5,15 +5,33 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
-from lightning_dynamics.recording.charts import custom_scalars_layout
+from lightning_dynamics.recording.charts import Layout, custom_scalars_layout, merged_layouts
 from lightning_dynamics.recording.figures.style import View, rendered
 from lightning_dynamics.recording.quantity import QuantityTable
+from lightning_dynamics.recording.tensorboard import found_layout
+
+_FIGURES = frozenset({1, 2, 4, 8, 16, 32, 64, 256, 1024})  # and the last: ten, as many of a kind as TensorBoard shows
+
+
+@dataclass(frozen=True)
+class Display:
+    """What loggers show besides curves.
+
+    Attributes:
+        layout: Whether charts are laid out where the logger has a place for it.
+        extra_layout: Charts of the user's own, to go with them.
+        figures: Whether figures are drawn.
+    """
+
+    layout: bool = True
+    extra_layout: Layout = field(default_factory=dict)
+    figures: bool = True
 
 
 class LoggerWriter:
@@ -24,17 +42,32 @@ class LoggerWriter:
     Args:
         loggers: Lightning loggers.
         on_failure: Told about each failure, for the record's count.
+        display: What is shown besides curves.
+        say: Told what the user should know.
     """
 
-    def __init__(self, loggers: Sequence[Any], on_failure: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        loggers: Sequence[Any],
+        on_failure: Callable[[], None] = lambda: None,
+        display: Display | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._loggers = list(loggers)
         self._on_failure = on_failure
+        self._display = display or Display()
+        self._say = say
         self._warned: set[str] = set()
         self._drawn: dict[str, int] = {}
+        self._to_lay_out: list[QuantityTable] = []
 
     def begin(self, tables: Iterable[QuantityTable], about: str) -> None:
-        """Lay out the charts and explain the keys, once per run, where the logger has a place for it."""
+        """Explain the keys, once per run, where the logger has a place for it.
+
+        Charts are laid out with the first point: by then others have laid out theirs, which would replace them.
+        """
         tables = list(tables)
+        self._to_lay_out = tables if self._display.layout else []
         for logger in self._loggers:
             self._guard(logger, partial(_introduce, logger, tables, about))
 
@@ -50,18 +83,37 @@ class LoggerWriter:
         finite: dict[str, Any] = {key: float(value) for key, value in scalars.items() if math.isfinite(value)}
         if not finite and not views:
             return
+        tables, self._to_lay_out = self._to_lay_out, []
+        if tables:
+            for logger in self._loggers:
+                self._guard(logger, partial(self._lay_out, logger, tables))
         drawn = [_Drawn(view, self._image(view, step, is_last) if self._shows_images else None) for view in views]
         for logger in self._loggers:
             self._guard(logger, partial(_write, logger, finite, step, drawn))
 
+    def _lay_out(self, logger: Any, tables: list[QuantityTable]) -> None:
+        experiment = logger.experiment
+        if not hasattr(experiment, "add_custom_scalars"):
+            return
+        own = merged_layouts(self._display.extra_layout, custom_scalars_layout(tables))
+        found = _already_in(experiment)
+        others = {title: charts for title, charts in found.items() if title not in own}
+        experiment.add_custom_scalars(merged_layouts(others, own, found))
+        if others:
+            self._say(
+                f"TensorBoard's Custom Scalars of this run already had charts ({', '.join(others)}). It shows only the "
+                "layout that is written last, so they were taken over into that of lightning_dynamics. "
+                "`Dashboard(extra_layout=...)` says from the start what should stand in it."
+            )
+
     @property
     def _shows_images(self) -> bool:
-        return any(_draws(logger) for logger in self._loggers)
+        return self._display.figures and any(_draws(logger) for logger in self._loggers)
 
     def _image(self, view: View, step: int, is_last: bool) -> Tensor | None:
         """The picture of a view; not of each one, since TensorBoard shows ten of a kind."""
         self._drawn[view.key] = count = self._drawn.get(view.key, 0) + 1
-        if count & (count - 1) and not is_last:  # the first, second, fourth, eighth …
+        if count not in _FIGURES and not is_last:
             return None
         try:
             return rendered(view.figure(step))
@@ -137,16 +189,18 @@ def _write(logger: Any, scalars: Mapping[str, Any], step: int, drawn: Sequence[_
 
 
 def _add_histogram(experiment: Any, key: str, values: Tensor, edges: Tensor, step: int) -> None:
+    """Values times widths: TensorBoard sorts all steps into bins of its own, where heights would else follow widths."""
     middles = (edges[1:] + edges[:-1]) / 2
+    areas = values * edges.diff()
     experiment.add_histogram_raw(
         key,
         min=float(edges[0]),
         max=float(edges[-1]),
-        num=float(values.sum()),
-        sum=float((values * middles).sum()),
-        sum_squares=float((values * middles.square()).sum()),
+        num=float(areas.sum()),
+        sum=float((areas * middles).sum()),
+        sum_squares=float((areas * middles.square()).sum()),
         bucket_limits=edges[1:].tolist(),
-        bucket_counts=values.tolist(),
+        bucket_counts=areas.tolist(),
         global_step=step,
     )
 
@@ -167,8 +221,16 @@ def _for_wandb(drawn: Sequence[_Drawn]) -> dict[str, Any]:
 def _introduce(logger: Any, tables: list[QuantityTable], about: str) -> None:
     experiment = logger.experiment
     if hasattr(experiment, "add_custom_scalars"):  # TensorBoard
-        experiment.add_custom_scalars(custom_scalars_layout(tables))
         experiment.add_text("about/lightning_dynamics", about, 0)
     elif hasattr(experiment, "define_metric"):  # W&B: Lightning's own definition is missing where a run existed before
         for table in tables:
             experiment.define_metric(f"{table.family}/*", step_metric="trainer/global_step", summary="last")
+
+
+def _already_in(experiment: Any) -> dict[str, dict[str, list[Any]]]:
+    """The layout that stands in a run, as far as it can be read."""
+    try:
+        experiment.flush()
+        return found_layout(experiment.log_dir)
+    except Exception:  # no directory of this machine's
+        return {}

@@ -43,7 +43,17 @@ def test_the_text_explains_every_key_and_states_the_facts():
     for key in [*TABLE.keys(), *OTHER.keys()]:
         assert f"`{key}`" in text
     assert "**threshold rule**: 2/η" in text
-    assert "The edge \\| of it." in text
+    assert "- `hessian/threshold`, λ\\* in loss/θ²: The edge | of it. Error: exact. Source: a paper." in text
+    assert "- `collapse/nc1`, NC1: … Source: a paper." in text
+    assert "In the record only" not in text
+
+
+def test_the_text_tells_what_is_logged_first():
+    text = about_text([TABLE, OTHER], [], [TABLE.only(["top_1"])])
+    logged, rest = text.split("In the record only", 1)
+    assert "`hessian/top_1`" in logged
+    assert "`hessian/threshold`" in rest
+    assert "`collapse/nc1`" in rest.split("In the record only", 1)[1]
 
 
 def test_declarations_stand_in_the_header():

@@ -2,13 +2,15 @@ import json
 import math
 
 import pytest
+import torch
 from helpers.clients import wandb_records
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_dynamics.recording.quantity import Quantity, QuantityTable
-from lightning_dynamics.recording.writer import LoggerWriter
+from lightning_dynamics.recording.tensorboard import found_layout
+from lightning_dynamics.recording.writer import Display, LoggerWriter
 
 pytestmark = pytest.mark.clients
 
@@ -101,3 +103,127 @@ def test_nothing_is_logged_where_nothing_is_finite(tmp_path):
     LoggerWriter([logger]).write({"hessian/top_1": math.inf}, 0)
     logger.save()
     assert not (tmp_path / "metrics.csv").exists()
+
+
+class Drawing:
+    """A view of a histogram over ``edges``, and a picture of one pixel."""
+
+    def __init__(self, edges=(0.0, 1.0, 2.0), values=(3.0, 1.0), key="hessian/density"):
+        self.key = key
+        self.edges, self.values = edges, values
+
+    def histogram(self):
+        return torch.tensor(self.values), torch.tensor(self.edges)
+
+    def figure(self, step=None):
+        return step
+
+
+@pytest.fixture
+def pixels(monkeypatch):
+    """Figures without matplotlib."""
+    monkeypatch.setattr("lightning_dynamics.recording.writer.rendered", lambda figure: torch.zeros(1, 1, 3))
+
+
+def drawn(logger, steps, **options):
+    """Steps at which a figure and a histogram of the drawing were logged."""
+    writer = LoggerWriter([logger], **options)
+    for step in range(steps):
+        writer.write({}, step, [Drawing()], is_last=step == steps - 1)
+    logger.save()
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0, "histograms": 0}).Reload()
+    images = events.Images("hessian/density_figure") if "hessian/density_figure" in events.Tags()["images"] else []
+    return [event.step for event in images], [event.step for event in events.Histograms("hessian/density")]
+
+
+@pytest.mark.parametrize(
+    ("steps", "figures"),
+    [
+        (1, [0]),
+        (5, [0, 1, 3, 4]),
+        (64, [0, 1, 3, 7, 15, 31, 63]),
+        (3000, [0, 1, 3, 7, 15, 31, 63, 255, 1023, 2999]),
+    ],
+)
+def test_ten_figures_of_a_kind_at_most_and_the_last_one_always(tmp_path, pixels, steps, figures):
+    assert drawn(TensorBoardLogger(tmp_path), steps) == (figures, list(range(steps)))
+
+
+def test_without_figures_there_are_histograms(tmp_path, pixels):
+    assert drawn(TensorBoardLogger(tmp_path), 3, display=Display(figures=False)) == ([], [0, 1, 2])
+
+
+def test_heights_of_a_ridge_do_not_follow_the_widths_of_bins(tmp_path, pixels):
+    """TensorBoard sorts all steps into bins of one width: what stands there is the area that it finds."""
+    logger = TensorBoardLogger(tmp_path)
+    writer = LoggerWriter([logger])
+    narrow, wide = Drawing((0.0, 0.5, 1.0), (2.0, 2.0)), Drawing((0.0, 5.0, 10.0), (2.0, 2.0))
+    for step, view in enumerate((narrow, wide)):
+        writer.write({}, step, [view])
+    logger.save()
+    events = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0}).Reload()
+    density = [
+        [
+            count / (right - left)
+            for count, left, right in zip(h.bucket, [h.min, *h.bucket_limit], h.bucket_limit, strict=False)
+            if count
+        ]
+        for h in (event.histogram_value for event in events.Histograms("hessian/density"))
+    ]
+    assert density == [[2.0, 2.0], [2.0, 2.0]]
+
+
+def test_the_layout_comes_with_the_first_point_after_those_of_others(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    said = []
+    writer = LoggerWriter([logger], display=Display(extra_layout={"Mine": {}}), say=said.append)
+    writer.begin([TABLE], "about this run")
+    logger.experiment.add_custom_scalars({"Theirs": {"Loss": ["Multiline", ["^loss$"]]}})
+    writer.write({"hessian/top_1": math.nan}, 0)  # nothing to log
+    logger.experiment.flush()
+    assert list(found_layout(logger.log_dir)) == ["Theirs"]
+    for step in (1, 2):
+        writer.write({"hessian/top_1": 1.0}, step)
+    logger.experiment.flush()
+    assert list(found_layout(logger.log_dir)) == ["Theirs", "Mine", "Hessian"]
+    assert len(said) == 1
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0}).Reload()
+    assert len(events.Tensors("custom_scalars__config__")) == 2  # theirs, and ours once
+
+
+def test_no_layout_is_written_where_none_is_wanted(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    writer = LoggerWriter([logger], display=Display(layout=False))
+    writer.begin([TABLE], "about this run")
+    writer.write({"hessian/top_1": 1.0}, 1)
+    logger.save()
+    assert found_layout(logger.log_dir) == {}
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/run", None, 3])
+def test_a_layout_that_cannot_be_looked_for_costs_nothing(tmp_path, place):
+    """Writers of other places, and those that are not quite like TensorBoard's."""
+
+    class Elsewhere:
+        log_dir = place
+
+        def __init__(self):
+            self.layouts = []
+
+        def add_custom_scalars(self, layout):
+            self.layouts.append(layout)
+
+        def add_text(self, tag, text, step):
+            pass
+
+    class Logger:
+        experiment = Elsewhere()
+
+        def log_metrics(self, metrics, step):
+            pass
+
+    writer = LoggerWriter([Logger()])
+    writer.begin([TABLE], "about this run")
+    writer.write({"hessian/top_1": 1.0}, 0)  # warnings are errors: none comes
+    (layout,) = Logger.experiment.layouts
+    assert list(layout) == ["Hessian"]
