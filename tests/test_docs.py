@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,9 @@ def test_every_block_of_code_runs(code, tmp_path, monkeypatch):
     from torch.utils.data import DataLoader, TensorDataset
 
     monkeypatch.chdir(tmp_path)
-    logger = CSVLogger("lightning_logs", name="", version="version_0")
-    fit(HessianMonitor(every_n_train_steps=1), Regression(lr=1e-3), max_epochs=1, logger=logger)
+    for version in ("version_0", "version_1") if "lightning_logs" in code else ():
+        logger = CSVLogger("lightning_logs", name="", version=version)
+        fit(HessianMonitor(every_n_train_steps=1), Regression(lr=1e-3), max_epochs=1, logger=logger)
     quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
 
     class Trainer(pl.Trainer):
@@ -112,7 +114,7 @@ def quickstart(folder, *arguments):
 
 
 def test_the_quickstart_reaches_the_edge_and_its_control_does_not(tmp_path):
-    out = quickstart(tmp_path)
+    out = quickstart(tmp_path, "--steps", "540")
     (mean,) = re.findall(r"the mean edge ratio from there on is (\S+)\.\n", out)
     (last,) = re.findall(r"the last edge ratio is (\S+)\.\n", out)
     assert 0.95 <= float(mean) <= 1.08
@@ -121,7 +123,7 @@ def test_the_quickstart_reaches_the_edge_and_its_control_does_not(tmp_path):
     run = tmp_path / "runs" / "step_size_0.2" / "version_0"
     steps = [record.step for record in read_records(run)]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 750
+    assert steps[-1] == 540
     assert list(run.glob("events.out.tfevents.*"))
     assert (tmp_path / "runs" / "step_size_0.2_csv" / "version_0" / "metrics.csv").exists()
     assert (tmp_path / "runs" / "sharpness.png").stat().st_size > 10_000
@@ -131,4 +133,7 @@ def test_the_quickstart_reaches_the_edge_and_its_control_does_not(tmp_path):
 def test_the_quickstart_writes_a_wandb_run(tmp_path):
     out = quickstart(tmp_path, "--wandb", "--steps", "3")
     assert "wandb sync runs/wandb/offline-run-*" in out
-    assert len(list((tmp_path / "runs" / "wandb").glob("offline-run-*/*.wandb"))) == 2
+    deadline = time.monotonic() + 30  # W&B's own process may write for a moment longer
+    while len(written := list((tmp_path / "runs" / "wandb").glob("offline-run-*/*.wandb"))) < 2:
+        assert time.monotonic() < deadline, (written, out)
+        time.sleep(0.2)

@@ -251,6 +251,7 @@ def test_the_digits_are_as_many_of_each_class(collapse):
     assert joined.mean().abs() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_solved_regression_moves_as_theory_says_for_the_order_of_its_batches(
     regression, tmp_path, capsys, monkeypatch
 ):
@@ -346,6 +347,7 @@ def test_only_at_the_edge_a_higher_learning_rate_catapults(tmp_path):
     assert (tmp_path / "edge_test" / "at.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_reshuffled_batches_leave_a_saddle_first_where_the_noise_is_across(tmp_path):
     table = load("saddle").main(["--runs", "60", "--folder", str(tmp_path)])
     assert all(found["GD"].mean == math.inf for found in table.values())
@@ -387,6 +389,7 @@ def test_sam_lowers_the_sharpness(tmp_path):
     assert (tmp_path / "sam" / "sam.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_order_of_samples(tmp_path):
     found = load("sampling_order").main(["--seeds", "2", "--epochs", "1", "--folder", str(tmp_path)])
     assert set(found) == {"late_loss", "sharpness", "means after 1"}

@@ -116,8 +116,12 @@ def trained(folder, monitors, data=None, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}, {"manual": True}, {"data": NoisyStream}],
-    ids=["plain", "accumulation and clipping", "manual optimization", "iterable data"],
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}, id="accumulation and clipping"),
+        pytest.param({"manual": True}, id="manual optimization", marks=pytest.mark.slow),
+        pytest.param({"data": NoisyStream}, id="iterable data", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_on_two_ranks_is_the_run_without_monitors(tmp_path, options):
     def monitors():

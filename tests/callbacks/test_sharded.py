@@ -56,6 +56,7 @@ def test_sharded_weights_give_the_numbers_of_one_process(folder):
     assert_same(curves(folder / "2.json"), expected)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_sharded_weights_goes_on(folder):
     failure = run(folder, "2", resume=str(folder / "2-step=3.ckpt"))
     assert failure is None, failure

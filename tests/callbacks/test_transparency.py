@@ -213,7 +213,7 @@ CONFIGURATIONS = {
 }
 
 
-NEARLY_THE_SAME = ("clipping by value", "persistent workers")
+NEARLY_THE_SAME = ("clipping by value", "persistent workers", "bf16-mixed", "validation")
 """Dear, and with another like it among the configurations."""
 
 
@@ -529,6 +529,12 @@ if hasattr(lightning_callbacks, "WeightAveraging"):  # from Lightning 2.6 on
 
 
 ALSO_NEARLY_THE_SAME = (
+    "float64",
+    "bfloat16",
+    "16-mixed with skipped steps",
+    "L-BFGS",
+    "the Tuner before",
+    "stochastic weight averaging",
     "SAM with accumulation and clipping",
     "GSAM in mixed precision",
     "samples with replacement",
@@ -631,7 +637,7 @@ def test_a_run_with_other_matrices_is_the_run_without(tmp_path):
         assert any(f"{monitor.table.family}/trace" in record.scalars for record in monitor.history)
 
 
-@pytest.mark.parametrize("at", ["end of an epoch", "middle of an epoch"])
+@pytest.mark.parametrize("at", [pytest.param("end of an epoch", marks=pytest.mark.slow), "middle of an epoch"])
 def test_a_resumed_run_with_all_monitors_is_the_resumed_run_without(tmp_path, at):
     without = resumed(tmp_path / "without", list, at)
     again = resumed(tmp_path / "again", list, at)
