@@ -45,7 +45,9 @@ ALLOWED = {
         "recording",
         "_compat",
     },
+    "cli": {"callbacks", "recording", ""},
     "_compat": {"torch", "lightning"},
+    "__main__": {"cli"},
     "_names": set(),
     "__init__": {"callbacks", "experiments", "recording", "strategies", "_names"},
 }

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class Journal:
         quantities: dict[str, Any] = {}
         for table in tables:
             quantities.update(table.describe())
-        for key in (key for table in shown for key in table.keys()):
+        for key in chain.from_iterable(table.keys() for table in shown):
             quantities[key]["logged"] = True  # what `also_log` adds, too
         if self._file is not None:
             titles = {table.family: table.title for table in tables}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _STYLES: tuple[Style, ...] = ("line", "dotted", "dashed")
 _LAYERED_RUNS = 3  # that are drawn by layer, each for itself
 _COST = "dynamics"
+_EDGE, _FITTED = "at the edge", "no errors"
 _SHORT = 6  # letters of a symbol that says more than a key
 
 
@@ -82,9 +83,9 @@ def section(runs: Sequence[Run], family: str) -> Section:
     tables = [table for run in runs for table in run.tables if table.family == family]
     title = tables[0].title if tables else family
     figures: list[Shown] = []
-    overview = panels_of(runs, family)
+    overview, marks = panels_of(runs, family), _marks(runs, family)
     if overview:
-        figures.append(Shown.of_panels("overview", title, _caption(overview), overview))
+        figures.append(Shown.of_panels("overview", title, _caption(overview, marks), overview))
     figures += [*_spectra(runs, family), *_layers(runs, family), *_motions(runs, family)]
     more = []
     beside = panels_of(runs, family, logged=False)
@@ -138,7 +139,7 @@ def panels_of(
                 unit=units.pop() if len(units) == 1 else "",
                 scale="log" if title in log else "linear",
                 levels=[(level, "") for level in sorted(lines)],
-                marks=[(step, label if is_compared else "", colour) for step, label, colour in marks],
+                marks=[(x, label if is_compared and len(runs) == 1 else "", colour) for x, label, colour in marks],
             )
         )
     return panels
@@ -220,26 +221,26 @@ def _marks(runs: Sequence[Run], family: str) -> list[tuple[float, str, str]]:
     """Where runs first come to the edge, and where they first make no errors."""
     marks = []
     for run, colour in zip(runs, run_colours(len(runs)), strict=True):
-        for key, label, own in (("edge_ratio", "at the edge", VERMILION), ("accuracy", "no errors", GREEN)):
+        for key, label, own in (("edge_ratio", _EDGE, VERMILION), ("accuracy", _FITTED, GREEN)):
             series = run.series(f"{family}/{key}")
             reached = next((x for x, y in zip(series.steps, series.values, strict=True) if y >= 1), None)
             if reached is not None and reached > series.steps[0]:
-                marks.append((float(reached), "" if len(runs) > 1 else label, colour if len(runs) > 1 else own))
+                marks.append((float(reached), label, colour if len(runs) > 1 else own))
     return marks
 
 
-def _caption(panels: Sequence[Panel]) -> str:
+def _caption(panels: Sequence[Panel], marks: Sequence[tuple[float, str, str]] = ()) -> str:
     """How to read them: only what they show."""
     text = []
     if any(curve.error is not None for panel in panels for curve in panel.curves):
         text.append("Bands: errors, of the kind that the definitions give.")
     if any(curve.style == "dashed" and not curve.run for panel in panels for curve in panel.curves):
         text.append("Dashed: what the curve is compared with.")
-    labels = {label for panel in panels for _, label, _ in panel.marks}
-    if "at the edge" in labels:
-        text.append("Vertical line: the first point at or beyond the edge of stability.")
-    if "no errors" in labels:
-        text.append("Vertical line: the first point without errors on the probe.")
+    labels = {label for _, label, _ in marks}
+    if _EDGE in labels:
+        text.append("Vertical lines: the first point at or beyond the edge of stability.")
+    if _FITTED in labels:
+        text.append("Vertical lines: the first point without errors on the probe.")
     if any(panel.is_log and any(y <= 0 for c in panel.curves for y in c.y) for panel in panels):
         text.append("Triangles: values that are zero or negative, on a logarithmic axis.")
     return " ".join(text)

@@ -36,8 +36,11 @@ def house_style(draw: Callable[Parameters, Result]) -> Callable[Parameters, Resu
 
     @wraps(draw)
     def in_style(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        import matplotlib
-
+        try:
+            import matplotlib
+        except ImportError as error:
+            message = 'Figures need matplotlib: pip install "lightning-dynamics[figures]".'
+            raise ImportError(message) from error
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
             return draw(*args, **kwargs)
