@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from lightning_dynamics.experiments import Branch, batch_size_sweep, edge_test
     from lightning_dynamics.recording import Record, RecordTable, Run, figures, load_records, load_runs, read_records
+    from lightning_dynamics.recording.html import report
     from lightning_dynamics.strategies import (
         DDPNoisyDescentStrategy,
         DDPSamplingOrderStrategy,
@@ -65,6 +66,7 @@ _PUBLIC = {
     "load_records": "lightning_dynamics.recording",
     "load_runs": "lightning_dynamics.recording",
     "read_records": "lightning_dynamics.recording",
+    "report": "lightning_dynamics.recording.html",
 }
 
 __all__ = [
@@ -96,6 +98,7 @@ __all__ = [
     "load_records",
     "load_runs",
     "read_records",
+    "report",
 ]
 
 

@@ -30,7 +30,8 @@ def test_the_wheel_holds_the_package_its_types_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "lightning_dynamics/py.typed" in names
-    own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lightning_dynamics").rglob("*.py")}
+    files = (path for kind in ("py", "css", "js") for path in (ROOT / "lightning_dynamics").rglob(f"*.{kind}"))
+    own = {path.relative_to(ROOT).as_posix() for path in files}
     assert own <= set(names)
     assert all(re.match(r"lightning_dynamics[/-]", name) for name in names)
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("/METADATA"))).decode()

@@ -218,6 +218,8 @@ def load_runs(*paths: str | os.PathLike[str]) -> list[Run]:
             read, damaged = _read(file)
             segments += read
             damage[file] = damaged
+            for each in () if read else damaged:  # there is no run to tell of it
+                warnings.warn(each, stacklevel=2)
     by_run: dict[str, list[Segment]] = {}
     for segment in sorted(segments, key=lambda segment: segment.time):
         by_run.setdefault(segment.run, []).append(segment)
@@ -333,7 +335,9 @@ def _read(file: Path) -> tuple[list[Segment], list[str]]:
             if kind == "header":
                 if int(content["schema"]) > SCHEMA:
                     raise _NewerSchemaError
-                segments.append(Segment({**content, "segment": content["segment"], "run": content["run"]}, file))
+                segment = Segment({**content, "segment": content["segment"], "run": content["run"]}, file)
+                _ = segment.parent, segment.time  # damaged, if they cannot be read
+                segments.append(segment)
             elif kind == "record" and segments:
                 segments[-1].records.append(Record.from_json(content))
             elif kind == "cost" and segments:

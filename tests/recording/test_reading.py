@@ -126,6 +126,19 @@ def test_a_run_without_measurements_is_a_run(tmp_path):
 def test_a_file_without_a_header_is_no_run(tmp_path):
     (tmp_path / "dynamics.jsonl").write_text("")
     assert load_runs(tmp_path) == []
+    (tmp_path / "dynamics.jsonl").write_text("{\n")
+    with pytest.warns(UserWarning, match="line 1 is damaged"):
+        assert load_runs(tmp_path) == []
+
+
+@pytest.mark.parametrize("more", [{"parent": 3}, {"parent": {}}, {"time": "noon"}, {"time": None}])
+def test_a_header_that_cannot_be_read_is_damage(tmp_path, more):
+    write(tmp_path, [0])
+    with (tmp_path / "dynamics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"type": "header", "schema": 1, "run": "run", "segment": "s9", **more}) + "\n")
+    (run,) = load_runs(tmp_path)
+    assert "line 4 is damaged" in run.damage[0]
+    assert [segment.name for segment in run.segments] == ["s0"]
 
 
 def test_damaged_lines_are_named_and_the_rest_is_read(tmp_path):

@@ -49,8 +49,8 @@ def house_style(draw: Callable[Parameters, Result]) -> Callable[Parameters, Resu
 
 
 def plain(text: str) -> str:
-    """A text for a figure in which no ``$`` begins a formula: names are not mathematics."""
-    return text.replace("$", r"\$")
+    """A text for a figure in which no ``$`` begins a formula, and that any font can take: names may hold anything."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 class View(Protocol):
