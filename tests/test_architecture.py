@@ -99,6 +99,14 @@ def test_private_names_of_lightning_stand_in_one_file():
                 assert owner not in owners, f"{path.name}:{node.lineno} uses {owner}.{node.attr}"
 
 
+def test_nothing_is_ever_unpickled():
+    """Whatever reads what a run left: records, event files."""
+    for path in (path for path in FILES if path.relative_to(ROOT).parts[0] in ("recording", "cli")):
+        assert not {"pickle", "marshal", "shelve", "dill"} & set(imports(path)), path
+        text = path.read_text(encoding="utf-8")
+        assert not any(call in text for call in ("torch.load", "allow_pickle", "eval(", "exec(")), path
+
+
 def test_the_mathematics_works_without_lightning():
     """In a notebook on a plain module with a closure."""
     code = """

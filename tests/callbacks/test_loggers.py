@@ -21,6 +21,7 @@ from lightning_dynamics import (
     Probe,
     Spectrum,
     StochasticSharpnessMonitor,
+    load_runs,
     read_records,
 )
 from lightning_dynamics.callbacks.ledger import COST
@@ -74,6 +75,21 @@ def test_tensorboard_shows_the_curves_the_layout_and_the_text(tmp_path):
     text = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
     for fact in ("the whole training set, 24 samples of 24 (100 %)", "10 samples of 24 (41.7 %)", "every 2 steps"):
         assert fact in text
+
+
+def test_the_records_tell_what_measuring_has_cost(tmp_path):
+    monitor, small = trained(CSVLogger(tmp_path, name="", version="run"))
+    (run,) = load_runs(tmp_path)
+    assert [cost.step for cost in run.costs] == [0, 2, 4, 5]
+    assert 0 < run.overhead <= 1
+    assert list(run.costs[-1].seconds) == [monitor.label, small.label]
+    for each in (monitor, small):
+        # one measurement may end a pair and begin the next: records count it in both
+        assert 0 < run.costs[-1].seconds[each.label] <= sum(record.seconds for record in each.history) + 0.01
+    with (tmp_path / "run" / "metrics.csv").open() as stream:
+        logged = [row["dynamics/overhead"] for row in csv.DictReader(stream) if row["dynamics/overhead"]]
+    assert float(logged[-1]) == pytest.approx(run.overhead, abs=1e-6)
+    assert run.is_finished
 
 
 def test_spectra_are_seen_in_tensorboard(tmp_path):
