@@ -318,10 +318,11 @@ def _reenter_epoch(trainer: Trainer) -> None:
     loop = trainer.fit_loop
     trackers: tuple[Any, Any] = loop.epoch_progress.total, loop.epoch_progress.current
     knows_stages = hasattr(loop, "_restart_stage")
+    number = trackers[0].started - 1  # Lightning before 2.5 has set the others back
     for epochs in trackers:
-        epochs.processed = epochs.completed = epochs.started - 1
+        epochs.processed = epochs.completed = number
         if not knows_stages:  # it counts the epoch when it goes on
-            epochs.ready = epochs.started = epochs.processed
+            epochs.ready = epochs.started = number
     if knows_stages:
         loop._restart_stage = "restarted_mid_epoch"
 
