@@ -7,6 +7,7 @@ import re
 import tempfile
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic
 
@@ -25,7 +26,7 @@ from lightning_dynamics.callbacks.probe import Probe, ProbeData
 from lightning_dynamics.metrics import StabilityRule
 from lightning_dynamics.objective.replay import Replay
 from lightning_dynamics.recording.quantity import QuantityTable
-from lightning_dynamics.recording.reading import Run, read_records
+from lightning_dynamics.recording.reading import Run, load_runs, read_records
 from lightning_dynamics.recording.record import Record, new_name
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -320,8 +321,11 @@ class DynamicsMonitor(Callback, Generic[Subject]):
 
     @property
     def run(self) -> Run:
-        """The same with what the quantities mean: what :mod:`lightning_dynamics.figures` draws."""
-        return Run(self.label, (), self.history, declared=[self.table])
+        """The same with what the record file says of the run: what :mod:`lightning_dynamics.figures` draws."""
+        history, path = self.history, self.record_path
+        if path is None:
+            return Run(self.label, (), history, declared=[self.table])
+        return replace(load_runs(path)[-1], records=history)
 
     @property
     def record_path(self) -> Path | None:

@@ -60,4 +60,4 @@ def display_of(callbacks: Iterable[Callback]) -> Display:
         raise MisconfigurationException(
             f"A Trainer has one Dashboard, which speaks for all monitors; there are {len(dashboards)}. Join them."
         )
-    return dashboards[0].display if dashboards else Display()
+    return getattr(dashboards[0], "display", Display()) if dashboards else Display()

@@ -56,15 +56,28 @@ class Ledger:
         self.skipped = 0
         self._notices = notices
         self._expose = expose
-        self._started = time.monotonic()
+        self._started: float | None = None
         self._before = 0.0
         self._shown = 0  # skipped points that the loggers know of
         self._unwritten: list[tuple[Record, dict[str, float]]] = []
 
     def begin(self) -> None:
-        """A fit starts: the clock goes on from what was spent before."""
+        """A fit starts: the clock goes on from where it stood."""
         self._started = time.monotonic()
-        self._before = self._spent()
+
+    def pause(self) -> None:
+        """A fit has ended: the clock stands still."""
+        self._before, self._started = self.elapsed, None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of wall-clock time in fits of this run so far."""
+        return self._before + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    def resume(self, skipped: int, elapsed: float | None) -> None:
+        """Go on with what a checkpoint says; one of before it was kept knows measuring alone."""
+        self.skipped = skipped
+        self._before = self._spent() if elapsed is None else elapsed
 
     def take(
         self, monitor: DynamicsMonitor[Any], when: When, role: Role, result: Measured | Failure, seconds: float
@@ -124,9 +137,8 @@ class Ledger:
         for record, logged in self._unwritten:
             by_step.setdefault(record.step, []).append((record, logged))
         self._unwritten.clear()
-        elapsed = time.monotonic() - self._started + self._before
         skipped = self.skipped + journal.failures
-        overhead = self._spent() / max(elapsed, 1e-9)
+        overhead = self._spent() / max(self.elapsed, 1e-9)
         if not by_step and skipped != self._shown:
             by_step[now] = []
         self._shown = skipped

@@ -204,6 +204,7 @@ class Session:
             self._measurements.settle()
             self._flush(_compat.curve_step(trainer))
         self._measurements = None
+        self._ledger.pause()
         for monitor in self.monitors:
             if monitor.follower is not None:
                 monitor.follower.stop()
@@ -234,6 +235,7 @@ class Session:
             **state.to_checkpoint(self.journal.directory),
             "lineage": self.journal.lineage(),
             "skipped": self._ledger.skipped,
+            "elapsed": self._ledger.elapsed,
             "probes": self._probes.to_checkpoint(monitor),
             **self._followed(monitor),
         }
@@ -251,7 +253,7 @@ class Session:
     def _restore(self, monitor: DynamicsMonitor[Any]) -> None:
         if monitor._restored:
             self._ledger.states[monitor.label] = MonitorState.from_checkpoint(monitor._restored)
-            self._ledger.skipped = monitor._restored["skipped"]
+            self._ledger.resume(monitor._restored["skipped"], monitor._restored.get("elapsed"))
         self._ledger.states.setdefault(monitor.label, MonitorState())
 
     # Data and cadence

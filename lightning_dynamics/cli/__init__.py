@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake of the caller's, said in one line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names may hold what a terminal's encoding has no letter for
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="lightning-dynamics", description="Look at runs that lightning_dynamics measured, and share them."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning_dynamics.recording import load_runs
 from lightning_dynamics.recording.html import GENERATOR, report
 
 _NAME = "report.html"
+_DAMAGED = 5  # lines that are told of one by one
 _HEAD = 500  # letters within which a report says that it is one
 
 
@@ -38,21 +40,28 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if "" in args.runs:
+        raise ValueError("An empty path was given.")
     runs = load_runs(*args.runs)
     for run in runs:
-        for line in run.damage:
+        for line in run.damage[:_DAMAGED]:
             print(line, file=sys.stderr)
+        if len(run.damage) > _DAMAGED:
+            print(f"… and {len(run.damage) - _DAMAGED} more damaged lines of {run.name}", file=sys.stderr)
     if not runs:
         raise ValueError(f"There is no run in {', '.join(args.runs)}: no record file has a header that can be read.")
-    file = _place(Path(args.output))
+    file = _place(args.output)
     _write(file, report(runs, title=args.title, interactive=args.interactive))
     print(f"{file} ({_size(file.stat().st_size)}, {len(runs)} {'run' if len(runs) == 1 else 'runs'})")
     return 0
 
 
-def _place(output: Path) -> Path:
+def _place(output: str) -> Path:
     """The file to write: nothing but an earlier report is replaced."""
-    file = output / _NAME if output.is_dir() else output
+    is_directory = Path(output).is_dir() or output.endswith(("/", os.sep))
+    file = Path(output, _NAME) if is_directory else Path(output)
+    if output == "-" or (file.exists() and not file.is_file()):
+        raise ValueError(f"{output} is no file: give the name of one with -o.")
     if file.exists():
         with file.open(encoding="utf-8", errors="replace") as stream:
             if GENERATOR not in stream.read(_HEAD):
@@ -62,13 +71,17 @@ def _place(output: Path) -> Path:
 
 def _write(file: Path, page: str) -> None:
     """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    file = file.resolve()  # a link stays one
+    unfinished = file.with_name(f".{os.getpid()}.part")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(page, encoding="utf-8", newline="\n")
         unfinished.replace(file)
+    except OSError as error:
+        raise OSError(f"{file} cannot be written: {error.strerror or error}.") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def _size(count: int) -> str:

@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from urllib.request import ProxyHandler, build_opener
 from lightning_dynamics.recording.reading import load_runs
 from lightning_dynamics.recording.tensorboard import custom_scalars_link, event_files, headline_tags, pinned_link
 
+_ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _PATIENCE = 120.0  # seconds until TensorBoard answers
 _ANYWHERE = {"0.0.0.0": "localhost", "::": "localhost"}
 
@@ -57,6 +59,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _open(arguments: list[str], address: str, link: str) -> int:
     """Start TensorBoard, show it, and stay until it ends or the user interrupts."""
+    before = {each: signal.signal(each, _interrupt) for each in _ENDS}
     process = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *arguments])
     try:
         _await(process, address)
@@ -68,6 +71,12 @@ def _open(arguments: list[str], address: str, link: str) -> int:
     finally:
         process.terminate()
         process.wait()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _await(process: subprocess.Popen[bytes], address: str) -> None:

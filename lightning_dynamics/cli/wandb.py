@@ -86,7 +86,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="show what the dynamics.jsonl in these directories says was measured (default: what the monitors log by "
         "default)",
     )
-    parser.add_argument("--families", default="", metavar="F,F", help="only these: hessian, collapse, … (default: all)")
+    parser.add_argument("--families", default="", metavar="F,F", help="only these: hessian,collapse and so on")
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent as JSON, and send nothing")
 
 
@@ -111,7 +111,7 @@ def _workspace(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print(wandb_report.workspace_spec(content, *place, args.name or wandb_report.TITLE))
         return 0
-    url = wandb_report.save_workspace(content, *place, args.name, update=args.update)
+    url = wandb_report.save_workspace(content, *place, args.name or None, update=args.update)
     print(url)
     print(
         "lightning-dynamics: keep this URL: `--update URL` overwrites the view, without it a new one is made.",
@@ -132,4 +132,4 @@ def _listed(text: str) -> list[str]:
 
 
 def _print(spec: dict[str, Any]) -> None:
-    print(json.dumps(spec, indent=2, ensure_ascii=False))
+    print(json.dumps(spec, indent=2))

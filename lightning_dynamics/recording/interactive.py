@@ -54,7 +54,8 @@ def _traces(panel: Panel) -> Iterator[dict[str, Any]]:
 
 def _line(curve: Curve, is_log: bool) -> dict[str, Any]:
     y = [_shown(value, is_log) for value in curve.y]
-    is_marked = curve.style == "line" and sum(value is not None for value in y) <= _MARKED
+    count = sum(value is not None for value in y)
+    is_marked = count == 1 or (curve.style == "line" and count <= _MARKED)
     trace: dict[str, Any] = {
         "type": "scatter",
         "mode": "lines+markers" if is_marked else "lines",

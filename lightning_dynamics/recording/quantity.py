@@ -147,7 +147,7 @@ class QuantityTable:
             tuple(name for name, each in own.items() if each.get("headline")),
             tuple(dict.fromkeys(str(each.get("panel", name)) for name, each in own.items() if each.get("log"))),
             tuple(name for name, each in own.items() if each.get("reference")),
-            tuple((name, float(each["level"])) for name, each in own.items() if each.get("level") is not None),
+            tuple((name, float(each["level"])) for name, each in own.items() if isinstance(each.get("level"), float)),
         )
 
     def find(self, key: str) -> Quantity | None:
@@ -173,7 +173,9 @@ def _described(name: str, said: Mapping[str, Any]) -> Quantity:
         on_by_default=bool(said.get("logged")),
         per_layer=bare != name,
         form=said.get("form", "scalar"),
-        shows=tuple((str(key), floor) for key, floor in said.get("shows", ())),
+        shows=tuple(
+            (str(pair[0]), pair[1]) for pair in said.get("shows", ()) if isinstance(pair, list) and len(pair) == 2
+        ),
     )
 
 

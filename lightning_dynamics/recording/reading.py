@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from typing import Any
 
 from lightning_dynamics.recording.quantity import Quantity, QuantityTable
 from lightning_dynamics.recording.record import SCHEMA, STEM, Cost, Parent, Record
+
+_HEADER = '"type": "header"'
+_FILE = re.compile(rf"{STEM}(-\d+)?\.jsonl")
 
 
 @dataclass
@@ -83,6 +87,10 @@ class Run:
     damage: Sequence[str] = ()
     declared: Sequence[QuantityTable] = ()
 
+    def __repr__(self) -> str:
+        state = "finished" if self.is_finished else "interrupted or running"
+        return f"<Run {self.name!r}: {len(self.records)} records, {state}>"
+
     @property
     def header(self) -> Mapping[str, Any]:
         """What the newest segment says of the run; empty for records without a file."""
@@ -96,8 +104,9 @@ class Run:
         declared: dict[str, Any] = {}
         titles: dict[str, str] = {}
         for segment in self.segments:
-            declared.update(segment.header.get("quantities", {}))
-            titles.update(segment.header.get("families", {}))
+            quantities = mapping(segment.header.get("quantities"))
+            declared.update({key: each for key, each in quantities.items() if isinstance(each, Mapping)})
+            titles.update({name: str(title) for name, title in mapping(segment.header.get("families")).items()})
         declared = declared or _inferred(self.records)
         families = dict.fromkeys(key.partition("/")[0] for key in declared)
         return [QuantityTable.described(family, titles.get(family, family), declared) for family in families]
@@ -108,8 +117,8 @@ class Run:
         told = {
             name: str(monitor["family"])
             for segment in self.segments
-            for name, monitor in segment.header.get("monitors", {}).items()
-            if "family" in monitor
+            for name, monitor in mapping(segment.header.get("monitors")).items()
+            if "family" in mapping(monitor)
         }
         families: dict[str, str] = {}
         for record in self.records:
@@ -160,6 +169,11 @@ class Run:
         return key if quantity is None else f"{key.partition('/')[0]}/{quantity.name}"
 
 
+def mapping(thing: Any) -> Mapping[str, Any]:
+    """What a header says, empty where it says something else than it should."""
+    return thing if isinstance(thing, Mapping) else {}
+
+
 def _keys(records: Iterable[Record]) -> dict[str, None]:
     """All keys in records, in the order in which they come."""
     return dict.fromkeys(key for record in records for key in record.scalars)
@@ -205,7 +219,7 @@ def load_runs(*paths: str | os.PathLike[str]) -> list[Run]:
 
     Raises:
         FileNotFoundError: If there is no record file in one of them.
-        ValueError: If a file was written by a newer version of this package.
+        ValueError: If a file was written by a newer version of this package, or none holds a run.
     """
     segments: list[Segment] = []
     damage: dict[Path, list[str]] = {}
@@ -223,7 +237,10 @@ def load_runs(*paths: str | os.PathLike[str]) -> list[Run]:
     by_run: dict[str, list[Segment]] = {}
     for segment in sorted(segments, key=lambda segment: segment.time):
         by_run.setdefault(segment.run, []).append(segment)
-    chains = [_chain(own) for own in by_run.values()]
+    elsewhere: list[str] = []
+    chains = [_chain(own, elsewhere) for own in by_run.values()]
+    for each in elsewhere:
+        warnings.warn(each, stacklevel=2)
     names = _names([whole[-1][0] for whole in chains])
     return [
         Run(
@@ -244,12 +261,22 @@ def record_files(path: str | os.PathLike[str]) -> list[Path]:
         FileNotFoundError: If there is none.
     """
     place = Path(path)
-    files = sorted(place.glob(f"{STEM}*.jsonl")) if place.is_dir() else [place]
+    files = _files_in(place) if place.is_dir() else [place]
     if not files:
-        files = sorted(place.rglob(f"{STEM}*.jsonl"))
+        seen: set[Path] = set()
+        for folder, below, _ in os.walk(place, followlinks=True):
+            below.sort()
+            below[:] = [name for name in below if Path(folder, name).resolve() not in seen]
+            seen |= {Path(folder, name).resolve() for name in below}
+            files += _files_in(Path(folder))
     if not files or not files[0].exists():
         raise FileNotFoundError(f"No record file in {place}: expected {STEM}.jsonl.")
     return files
+
+
+def _files_in(directory: Path) -> list[Path]:
+    """Record files, and no copies that somebody made."""
+    return sorted(file for file in directory.glob(f"{STEM}*.jsonl") if _FILE.fullmatch(file.name))
 
 
 def read_segments(path: str | os.PathLike[str]) -> list[Segment]:
@@ -258,7 +285,7 @@ def read_segments(path: str | os.PathLike[str]) -> list[Segment]:
     Lines that are damaged (a killed process may leave half a line) are skipped with a warning that gives their number.
     """
     place = Path(path)
-    files = sorted(place.glob(f"{STEM}*.jsonl")) if place.is_dir() else [place]
+    files = _files_in(place) if place.is_dir() else [place]
     if not files or not files[0].exists():
         raise FileNotFoundError(f"No record file in {place}: expected {STEM}.jsonl.")
     segments: list[Segment] = []
@@ -276,10 +303,17 @@ def join_segments(segments: Iterable[Segment]) -> list[Record]:
     return _joined_records(_chain(ordered)) if ordered else []
 
 
-def _chain(segments: Sequence[Segment]) -> list[tuple[Segment, float]]:
-    """The newest segment after all that it continues, each with the step from where on it does not count."""
-    known = {segment.name: segment for segment in segments}
-    current: Segment | None = list(known.values())[-1]
+def _chain(segments: Sequence[Segment], damage: list[str] | None = None) -> list[tuple[Segment, float]]:
+    """The newest segment after all that it continues, each with the step from where on it does not count.
+
+    Args:
+        segments: In the order in which they were begun.
+        damage: Where to tell of damaged lines of files that are found on the way.
+    """
+    known: dict[str, Segment] = {}
+    for segment in segments:
+        _keep_longer(known, segment)  # a copy of a file may be half of it
+    current: Segment | None = known[segments[-1].name]
     limit = math.inf
     whole: list[tuple[Segment, float]] = []
     visited: set[str] = set()
@@ -293,9 +327,19 @@ def _chain(segments: Sequence[Segment]) -> list[tuple[Segment, float]]:
         if parent.segment not in known and parent.file is not None:
             elsewhere = current.file.parent / parent.file
             if elsewhere.exists():
-                known.update({segment.name: segment for segment in _read(elsewhere)[0]})
+                found, damaged = _read(elsewhere)
+                for segment in found:
+                    _keep_longer(known, segment)
+                if damage is not None:
+                    damage += damaged
         current = known.get(parent.segment)
     return whole
+
+
+def _keep_longer(known: dict[str, Segment], segment: Segment) -> None:
+    other = known.get(segment.name)
+    if other is None or len(segment.records) > len(other.records):
+        known[segment.name] = segment
 
 
 def _joined_records(parts: Sequence[tuple[Segment, float]]) -> list[Record]:
@@ -307,7 +351,9 @@ def _joined_records(parts: Sequence[tuple[Segment, float]]) -> list[Record]:
 
 
 def _joined_costs(parts: Sequence[tuple[Segment, float]]) -> list[Cost]:
-    return [cost for segment, limit in parts for cost in segment.costs if cost.step < limit]
+    """The last one of each step."""
+    by_step = {cost.step: cost for segment, limit in parts for cost in segment.costs if cost.step < limit}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _names(segments: Sequence[Segment]) -> list[str]:
@@ -328,28 +374,43 @@ def _read(file: Path) -> tuple[list[Segment], list[str]]:
     """The segments of a file, and its damaged lines in words."""
     segments: list[Segment] = []
     damage: list[str] = []
+    is_lost = True  # whether the header that a record belongs to could not be read
     for number, line in _lines(file):
         try:
             content = json.loads(line)
             kind = content["type"]
             if kind == "header":
-                if int(content["schema"]) > SCHEMA:
-                    raise _NewerSchemaError
-                segment = Segment({**content, "segment": content["segment"], "run": content["run"]}, file)
-                _ = segment.parent, segment.time  # damaged, if they cannot be read
-                segments.append(segment)
-            elif kind == "record" and segments:
+                is_lost = True
+                segments.append(_segment(content, file))
+                is_lost = False
+            elif kind in ("record", "cost") and is_lost:
+                raise ValueError("the header that it belongs to could not be read")
+            elif kind == "record":
                 segments[-1].records.append(Record.from_json(content))
-            elif kind == "cost" and segments:
+            elif kind == "cost":
                 segments[-1].costs.append(Cost.from_json(content))
         except _NewerSchemaError:
             raise ValueError(
                 f"{file}, line {number}: written with schema {content['schema']}, this version reads up to {SCHEMA}. "
                 "Install a newer lightning_dynamics."
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            is_lost = is_lost or _HEADER in line
             damage.append(f"{file}, line {number} is damaged and was skipped: {error!r}")
     return segments, damage
+
+
+def _segment(content: Mapping[str, Any], file: Path) -> Segment:
+    """A segment with its header.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: If the header is damaged.
+    """
+    if int(content["schema"]) > SCHEMA:
+        raise _NewerSchemaError
+    segment = Segment({**content, "segment": content["segment"], "run": content["run"]}, file)
+    _ = segment.parent, segment.time, Run("", [segment], ()).tables  # which have to be readable
+    return segment
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

@@ -74,8 +74,10 @@ class RecordTable:
 
     def to_pandas(self) -> DataFrame:
         """A data frame; needs pandas."""
-        import pandas
-
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("A data frame needs pandas: pip install pandas.") from error
         return pandas.DataFrame(self.columns)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
@@ -84,6 +86,10 @@ class RecordTable:
             writer = csv.writer(stream)
             writer.writerow(Row._fields)
             writer.writerows(["" if _is_missing(cell) else cell for cell in row] for row in self.rows)
+
+    def __repr__(self) -> str:
+        runs = len({row.run for row in self.rows})
+        return f"<RecordTable: {len(self.rows)} values of {runs} {'run' if runs == 1 else 'runs'}>"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,9 +116,10 @@ def load_records(*paths: str | os.PathLike[str]) -> RecordTable:
 
 
 def _rows(run: Run) -> Iterator[Row]:
+    quantities = {key: run.quantity(key) for key in run.keys}
     for record in run.records:
         for key, value in record.scalars.items():
-            quantity = run.quantity(key)
+            quantity = quantities[key]
             layer = None
             if quantity is not None and quantity.per_layer:
                 key, layer = key.split("/", 2)[0] + f"/{quantity.key}", key.split("/", 1)[1][len(quantity.key) + 1 :]

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_dynamics.recording.figures.views import views_of
 from lightning_dynamics.recording.quantity import Quantity, QuantityTable
-from lightning_dynamics.recording.reading import Run
+from lightning_dynamics.recording.reading import Run, mapping
 
 _COST = "dynamics"  # this family stands in the lines of costs
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&@]|:(?=//))")
@@ -157,7 +157,12 @@ def definitions(table: QuantityTable) -> str:
 
 def escaped(text: str) -> str:
     """A text in one line in which nothing is Markdown, HTML, a formula or a link."""
-    return _SPECIAL.sub(r"\\\1", re.sub(r"\s+", " ", text))
+    return _SPECIAL.sub(r"\\\1", re.sub(r"\s+", " ", _printable(text)))
+
+
+def _printable(text: str) -> str:
+    """Without halves of letters, which no encoding takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _panels(
@@ -239,7 +244,7 @@ def _facts(runs: Iterable[Run], table: QuantityTable) -> dict[str, tuple[str, ..
     has_threshold = "stability_threshold" in table.references
     facts: dict[str, tuple[str, ...]] = {}
     for run in runs:
-        for monitor in run.header.get("monitors", {}).values():
+        for monitor in map(mapping, mapping(run.header.get("monitors")).values()):
             if isinstance(monitor, Mapping) and monitor.get("family") == table.family:
                 fact = "; ".join(_facts_of(monitor, has_threshold))
                 facts[fact] = (*facts.get(fact, ()), run.name)
@@ -260,9 +265,9 @@ def _facts_of(monitor: Mapping[str, Any], has_threshold: bool) -> Iterator[str]:
 
 def _hyperparameters(runs: Iterable[Run]) -> tuple[str, ...]:
     names = dict.fromkeys(
-        str(name)
+        _printable(str(name))
         for run in runs
-        for name, value in run.header.get("hyperparameters", {}).items()
+        for name, value in mapping(run.header.get("hyperparameters")).items()
         if isinstance(value, (bool, int, float, str))
     )
     return tuple(names)
@@ -281,4 +286,4 @@ def _with_code(text: str) -> str:
 
 def _code(text: str) -> str:
     """A text in one line as code, which may stand in a table."""
-    return f"`{' '.join(text.replace('`', chr(39)).split())}`".replace("|", "\\|")
+    return f"`{' '.join(_printable(text).replace('`', chr(39)).split())}`".replace("|", "\\|")

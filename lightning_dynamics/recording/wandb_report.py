@@ -27,6 +27,7 @@ _LONGEST_TITLE = 128
 _RUN_ID = re.compile(r"""[^:;,#?/'"\\=<>!]+""")
 _FORBIDDEN = re.compile(r"[/\\#?%:]")
 _COLUMNS = 3  # of a section of a workspace
+_UNREACHED = re.compile(r"did not respond|Failed to execute API request|[Cc]onnection")
 _LOGIN = "Run `wandb login` first; a dry run needs no account."
 _EXTRA = 'Reports and workspaces of W&B need wandb-workspaces: pip install "lightning-dynamics[wandb]".'
 
@@ -320,6 +321,8 @@ def _account(before: str = "") -> Iterator[None]:
         wandb.Api()
         yield
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        if _UNREACHED.search(str(error)):
+            raise ConnectionError(f"{before}W&B could not be reached: {_line(error)}") from None
         raise PermissionError(f"{before}W&B does not let you in: {_line(error)} {_LOGIN}") from None
     except Exception as error:
         raise ConnectionError(f"{before}W&B refused, or could not be reached: {_line(error)}") from None

@@ -22,7 +22,7 @@ from lightning_dynamics import HessianMonitor, NeuralCollapseMonitor, Probe
 from lightning_dynamics.callbacks.collapse_table import collapse_table
 from lightning_dynamics.callbacks.journal import Journal
 from lightning_dynamics.objective import features
-from lightning_dynamics.recording.record import Record
+from lightning_dynamics.recording.record import Cost, Record
 
 WHOLE = Probe(whole=True)
 
@@ -472,7 +472,7 @@ def test_what_is_kept_holds_no_graph(monkeypatch):
 
 def test_a_figure_of_all_points_is_not_prepared_at_every_point(monkeypatch):
     """Counted, not timed."""
-    from lightning_dynamics.callbacks import journal as module
+    from lightning_dynamics.recording.figures import views as module
 
     made = []
     line = module.DepthLine
@@ -486,7 +486,7 @@ def test_a_figure_of_all_points_is_not_prepared_at_every_point(monkeypatch):
             notes={"layers": {"a": {}, "last": {}}}, global_step=step, epoch=0, time=time.time(), seconds=0.0,
             final=False,
         )  # fmt: skip
-        journal.write([record], {}, step)
+        journal.write([record], {}, Cost(step, 0.0, 0.0, 0, {}))
     assert len(made) <= 200 * 24  # a figure has 24 lines
 
 

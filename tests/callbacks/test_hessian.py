@@ -288,7 +288,7 @@ def test_two_monitors_share_one_evaluation(monkeypatch):
 
     opened = []
     original = measurements.measure_jointly
-    monkeypatch.setattr(measurements, "measure_jointly", lambda *a: opened.append(a[1]) or original(*a))
+    monkeypatch.setattr(measurements, "measure_jointly", lambda *a, **k: opened.append(a[1]) or original(*a, **k))
     first = HessianMonitor(1, 0, every_n_train_steps=1, probe=WHOLE, pair=False)
     second = HessianMonitor(2, 1, every_n_train_steps=1, probe=WHOLE, pair=False, name="more")
     fit([first, second], slow())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lightning_dynamics import HessianMonitor, Probe, Spectrum, read_records
+from lightning_dynamics import HessianMonitor, Probe, Spectrum, load_runs, read_records
 
 WHOLE = Probe(whole=True)
 
@@ -173,6 +175,30 @@ def test_a_large_memory_is_left_out_and_the_run_starts_cold(tmp_path, monkeypatc
             # vectors are known to the root of the tolerance of their values
             error = 0.05 * value if key.endswith("in_top_k") else 1e-6
             assert other.scalars[key] == pytest.approx(value, rel=2e-3, abs=loose if "bottom" in key else error)
+
+
+def test_the_share_of_time_goes_on_after_a_resume(tmp_path):
+    """Training before it counts as well as measuring before it."""
+
+    class Slow(Regression):
+        def on_train_batch_end(self, *_):
+            time.sleep(0.05)
+
+    def run(name, **options):
+        monitor = HessianMonitor(1, 0, every_n_train_steps=2, probe=Probe(size=4), pair=False)
+        keep = ModelCheckpoint(tmp_path / name, every_n_train_steps=6, save_top_k=-1, filename="{step}")
+        where = CSVLogger(tmp_path, name="", version=name)
+        fit([monitor, keep], Slow(lr=1e-3), full_batch(), enable_checkpointing=True, logger=where, **options)
+        (found,) = load_runs(tmp_path / name)
+        return found
+
+    first = run("a", max_epochs=8)
+    second = run("b", max_epochs=10, ckpt_path=tmp_path / "a" / "step=6.ckpt")
+    before = {cost.step: cost.overhead for cost in first.costs}
+    after = {cost.step: cost.overhead for cost in second.costs}
+    assert after[4] == before[4]
+    assert abs(after[6] - before[6]) < 0.1 + 0.2 * before[6]
+    assert second.overhead < 0.8
 
 
 def test_the_last_value_is_monitored_again_after_a_resume(tmp_path):

@@ -418,8 +418,8 @@ def test_an_exponent_without_an_error_has_none():
 def test_a_short_axis_has_ticks_too():
     arrays = {"from_init_lags": [20.0, 22.0, 24.0], "from_init_squares": [3.0, 3.1, 3.2], "from_init_steps": [2e-7] * 3}
     distances, steps = diffusion({**START_ONLY, **arrays}, notes={}).figure().axes
-    assert [label.get_text() for label in distances.get_xticklabels()] == ["20"]
-    assert [label.get_text() for label in steps.get_yticklabels()] == ["2·10⁻⁷"]
+    assert [label.get_text() for label in distances.get_xticklabels()] == ["20", "30", "40"]
+    assert next(label.get_text() for label in steps.get_yticklabels()) == "2·10⁻⁷"
 
 
 HARD = {

@@ -65,6 +65,27 @@ def test_values_are_drawn_at_their_steps_with_a_band_of_errors():
     assert axes.get_ylim()[0] < 0.5 + 1e-9
 
 
+def test_bands_end_where_errors_do_and_lone_points_have_bars():
+    axes = axes_of(Panel("P", [curve([1.0, 2.0, 3.0, 4.0, math.nan, 6.0], error=[1.0, 1.0, math.inf, 1.0, 1.0, 2.0])]))
+    (band,) = axes.collections
+    covered = {x for path in band.get_paths() for x, _ in path.vertices}
+    assert 20.0 not in covered
+    upright = (line for line in axes.lines if len(line.get_xdata()) == 2 and len(set(line.get_xdata())) == 1)
+    assert [list(line.get_ydata()) for line in upright] == [[3.0, 5.0], [4.0, 8.0]]
+
+
+def test_the_errors_of_a_constant_are_seen():
+    low, high = axes_of(Panel("P", [curve([5.0, 5.0], error=[4.0, 4.0])])).get_ylim()
+    assert low < 1
+    assert high > 9
+
+
+def test_a_single_point_is_seen_whatever_its_style():
+    axes = axes_of(Panel("P", [curve([1.0]), curve([2.0], label="b", style="dashed")]))
+    points = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert {1.0, 2.0} <= set(points)
+
+
 def test_a_logarithmic_axis_marks_what_it_cannot_show():
     axes = axes_of(Panel("P", [curve([0.0, 1.0, -1.0, 100.0, math.nan, math.inf])], scale="log"))
     assert axes.get_yscale() == "log"
@@ -100,6 +121,7 @@ def test_a_panel_without_values_says_so(y, scale):
         ([0.0, 3e-5], ["0", "1·10⁻⁵", "2·10⁻⁵", "3·10⁻⁵"]),
         ([-3e12, 3e12], ["-2·10¹²", "0", "2·10¹²"]),
         ([0.5, 0.5], ["0.48", "0.50", "0.52"]),
+        ([1e9, 1e9 + 4], ["1e+09", "+2", "+4"]),
     ],
 )
 def test_ticks_are_short(values, names):
@@ -112,6 +134,11 @@ def test_one_value_has_room_around_it(value, scale):
     axes = axes_of(Panel("P", [curve([value])], scale=scale))
     low, high = axes.get_ylim()
     assert low < value < high
+
+
+@pytest.mark.parametrize("ends", [(0.0208, 0.0232), (111.0, 392.0), (0.15, 0.3), (1.0, 2.0), (3e-7, 4e-7), (1.0, 30.0)])
+def test_a_logarithmic_axis_can_be_read(ends):
+    assert len(ticks(axes_of(Panel("P", [curve(list(ends))], scale="log")).yaxis)) >= 2
 
 
 def test_levels_and_marks_are_lines_across():

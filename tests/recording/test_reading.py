@@ -10,6 +10,7 @@ from lightning_dynamics.callbacks.hessian_table import hessian_table
 from lightning_dynamics.callbacks.ledger import COST
 from lightning_dynamics.recording import Cost, Quantity, QuantityTable, Record, load_records, load_runs
 from lightning_dynamics.recording.record import Parent, RecordFile
+from lightning_dynamics.recording.wandb_content import measured_content
 
 TABLE = QuantityTable(
     "m",
@@ -143,8 +144,9 @@ def test_a_header_that_cannot_be_read_is_damage(tmp_path, more):
 
 def test_damaged_lines_are_named_and_the_rest_is_read(tmp_path):
     file = write(tmp_path, [0])
-    lines = ["{", "null", "[1]", '"text"', '{"type": "record"}', '{"type": "cost"}', '{"type": "header"}', "\0" * 50]
-    lines += ["[" * 100_000, '{"type": "record", "step": "x", "monitor": "M", "scalars": {}}', '{"type": "unknown"}']
+    lines = ["{", "null", "[1]", '"text"', '{"type": "record"}', '{"type": "cost"}', "\0" * 50, "[" * 100_000]
+    lines += [f'{{"type": "record", "step": {step}, "monitor": "M", "scalars": {{}}}}' for step in ('"x"', "1e400")]
+    lines += ['{"type": "unknown"}']
     with file.path.open("a") as stream:
         stream.write("\n".join(lines) + "\n")
         stream.write(json.dumps(record(7).to_json()) + "\n")
@@ -155,6 +157,69 @@ def test_damaged_lines_are_named_and_the_rest_is_read(tmp_path):
     assert [r.step for r in run.records] == [0, 7]
     numbers = [int(said.split(", line ")[1].split(" ")[0]) for said in run.damage]
     assert numbers == [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16]  # what a later version may add is no damage
+
+
+def test_what_belongs_to_a_header_that_cannot_be_read_is_damage(tmp_path):
+    """Not records of the segment before it, which it may supersede."""
+    file = write(tmp_path, [0, 10])
+    second = write(tmp_path / "x", [10, 20], segment="s1", parent=Parent("s0", 10, str(file.path)), time=1.0)
+    with file.path.open("a") as stream:
+        stream.write("x" + second.path.read_text())
+    (run,) = load_runs(file.path)
+    assert [r.step for r in run.records] == [0, 10]
+    assert len(run.damage) == 5
+    assert "header that it belongs to" in run.damage[1]
+    text = file.path.read_text()
+    file.path.write_text("x" + text)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert load_runs(file.path) == []
+    assert "line 1 is damaged" in str(said[0].message)
+
+
+def test_a_copy_of_a_file_does_not_stand_for_it(tmp_path):
+    file = write(tmp_path / "a", [0, 10, 20])
+    half = "".join(file.path.read_text().splitlines(keepends=True)[:3])
+    (tmp_path / "a" / "dynamics_backup.jsonl").write_text(half)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "dynamics.jsonl").write_text(half)
+    (run,) = load_runs(tmp_path)
+    assert [r.step for r in run.records] == [0, 10, 20]
+
+
+def test_runs_behind_links_are_found_once(tmp_path):
+    write(tmp_path / "runs" / "a", [0])
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a").symlink_to(tmp_path / "runs" / "a")
+    (tmp_path / "links" / "again").symlink_to(tmp_path / "links")
+    assert len(load_runs(tmp_path / "links")) == 1
+
+
+def test_what_is_shown_of_runs_and_tables_is_short(tmp_path):
+    write(tmp_path / "a", range(50), final=True)
+    (run,) = load_runs(tmp_path)
+    assert repr(run) == "<Run 'a': 50 records, finished>"
+    assert repr(load_records(tmp_path)) == "<RecordTable: 50 values of 1 run>"
+
+
+def test_of_two_lines_on_the_cost_of_a_step_the_last_counts(tmp_path):
+    file = write(tmp_path, [0])
+    file.append_cost(Cost(0, 1.0, 0.7, 2, {}))
+    (run,) = load_runs(tmp_path)
+    assert [(cost.step, cost.overhead) for cost in run.costs] == [(0, 0.7)]
+
+
+@pytest.mark.parametrize("part", ["quantities", "families", "monitors", "hyperparameters", "trainer", "versions"])
+@pytest.mark.parametrize("odd", [3, None, "x", [1], {"m/a": -1}, {"m/a": {"shows": [3]}}])
+def test_a_header_that_says_odd_things_ends_nothing(tmp_path, part, odd):
+    file = RecordFile(tmp_path)
+    file.begin("run", "s", None, header(**{part: odd}))
+    file.append(record(0))
+    for run in load_runs(tmp_path):
+        assert run.series("m/a").values == [1.0]
+        assert run.tables
+        assert run.monitors == {"M": "m"}
+        assert part == "quantities" or measured_content([run])
 
 
 def test_bytes_that_are_no_text_are_damage(tmp_path):

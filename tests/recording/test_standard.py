@@ -7,8 +7,10 @@ import torch
 from helpers.recorded import TABLES, write_run
 
 from lightning_dynamics import figures
-from lightning_dynamics.recording import Run, load_runs
-from lightning_dynamics.recording.figures.standard import panels_of, run_colours, sections
+from lightning_dynamics.callbacks.hessian_table import hessian_table
+from lightning_dynamics.recording import Quantity, QuantityTable, Record, Run, load_records, load_runs
+from lightning_dynamics.recording.figures.density import DensityView
+from lightning_dynamics.recording.figures.standard import layer_panels, panels_of, run_colours, sections
 from lightning_dynamics.recording.figures.style import rendered
 
 EVERY = {
@@ -82,8 +84,8 @@ def test_the_sharpness_stands_with_its_threshold_and_the_crossing_is_marked(fold
     ratio = run.series("hessian/edge_ratio")
     first = next(step for step, value in zip(ratio.steps, ratio.values, strict=True) if value >= 1)
     assert [(x, label) for x, label, _ in sharpness.marks] == [(first, "at the edge")]
-    assert panels["Edge ratio"].levels == [(1.0, "")]
-    assert panels["Probe loss"].scale == "log"
+    assert panels["Edge ratio, ρ"].levels == [(1.0, "")]
+    assert panels["Probe loss, L"].scale == "log"
     assert list(sharpness.curves[0].error) == [0.01] * 20
 
 
@@ -141,10 +143,12 @@ def test_functions_of_one_run_ask_which(draw, folder):
 
 def test_what_was_not_measured_is_an_error_that_says_so(tmp_path):
     write_run(tmp_path, tables=TABLES[2:3])
-    with pytest.raises(ValueError, match="There is no values of hessian/top_1 in these records"):
+    with pytest.raises(
+        ValueError, match=r"These records hold no values of hessian/top_1\. They hold displacement, dynamics"
+    ):
         figures.sharpness(tmp_path)
     for draw in (figures.spectrum, figures.collapse, figures.depth):
-        with pytest.raises(ValueError, match="There is no"):
+        with pytest.raises(ValueError, match="These records hold no"):
             draw(tmp_path)
 
 
@@ -167,16 +171,85 @@ def test_records_and_monitors_are_drawn_too(folder):
 
 
 def test_the_same_run_twice_is_told_apart(folder):
-    runs = figures.as_runs([folder / "one", folder / "one"])
+    (run,) = load_runs(folder / "one")
+    runs = figures.as_runs([run, run])
     assert [run.name for run in runs] == ["one 1", "one 2"]
+
+
+def test_paths_in_a_list_are_read_together(tmp_path):
+    """Their names tell them apart, and generators will do."""
+    write_run(tmp_path / "a" / "version_0", run="1")
+    write_run(tmp_path / "b" / "version_0", run="2")
+    places = [tmp_path / "a" / "version_0", str(tmp_path / "b" / "version_0")]
+    assert [run.name for run in figures.as_runs(places)] == ["a/version_0", "b/version_0"]
+    assert [run.name for run in figures.as_runs(path for path in places)] == ["a/version_0", "b/version_0"]
+    with pytest.raises(TypeError, match="not RecordTable"):
+        figures.sharpness(load_records(tmp_path))
+
+
+def test_the_only_monitor_with_a_name_is_found(tmp_path):
+    table = hessian_table(2, 0, name="head")
+    records = [Record(step=i, monitor="M", scalars={"hessian_head/top_1": 1.0 + i}) for i in range(3)]
+    (axes,) = figures.sharpness(Run("r", (), records, declared=[table])).axes
+    assert list(axes.lines[0].get_ydata()) == [1, 2, 3]
+
+
+def test_every_line_of_a_chart_has_a_look_of_its_own(tmp_path):
+    quantities = tuple(Quantity(f"q{i}", f"Q{i}", "loss", "…", "own", "none", "Many") for i in range(9))
+    table = QuantityTable(
+        "m", "M", (*quantities, Quantity("t", "T", "loss", "…", "own", "none", "Many")), references=("t",)
+    )
+    records = [
+        Record(step=i, monitor="M", scalars={f"m/{q.key}": i + j for j, q in enumerate(table.quantities)})
+        for i in (0, 1)
+    ]
+    runs = [Run(name, (), records, declared=[table]) for name in "ab"]
+    for chosen in (runs[:1], runs):
+        panels = panels_of(chosen, "m")
+        assert {c.label for panel in panels for c in panel.curves} == {f"Q{i}" for i in range(9)} | {"T"}
+        for panel in panels:
+            looks = [(curve.colour, curve.style) for curve in panel.curves]
+            assert len(looks) == len(set(looks))
+
+
+def test_a_layer_has_one_colour_in_all_charts(folder):
+    (run,) = load_runs(folder / "one")
+    table = next(table for table in run.tables if table.family == "collapse")
+    records = [
+        Record(step=0, monitor="M", scalars={"collapse/nc1/a": 1.0, "collapse/nc1/b": 1.0, "collapse/cdnv/b": 1.0})
+    ]
+    panels = layer_panels(Run("r", (), records, declared=[table]), "collapse")
+    colours = {(curve.label, curve.colour) for panel in panels for curve in panel.curves}
+    assert len(colours) == 2
+
+
+def test_more_runs_than_fit_are_told(tmp_path):
+    for i in range(5):
+        write_run(tmp_path / str(i), run=str(i), steps=range(0, 60, 10), tables=TABLES[:1])
+    for draw in (figures.spectrum, figures.spectrum_over_time, figures.overlap):
+        assert "the first 4 of 5 runs" in [text.get_text() for text in draw(tmp_path).texts]
 
 
 def test_any_keys_are_drawn_by_their_patterns(folder):
     figure = figures.curves(folder / "one", r"hessian/top_[12]")
     assert len(figure.axes) == 2  # the first stands with its threshold's chart
     assert len(figures.curves(folder, ["noise/trace", "sam/.*"]).axes) == 4
-    with pytest.raises(ValueError, match=r"There is no values of 'hessian/nothing'"):
+    with pytest.raises(ValueError, match=r"hold no values of 'hessian/nothing'"):
         figures.curves(folder, "hessian/nothing")
+
+
+def test_every_column_of_the_heat_map_holds_all_eigenvalues(folder, tmp_path):
+    """Narrow spectra beside wide ones, too."""
+    edges = torch.linspace(-1, 20, 161, dtype=torch.float64)
+    for span in (0.0, 1e-3, 0.1, 5.0):
+        nodes = [-span / 10, 0.0, span / 2, span]
+        view = DensityView("k", nodes, [0.1, 0.5, 0.3, 0.1], 1000, [span], 1, None, "T", "u")
+        assert float(view.in_bins(edges).sum()) == pytest.approx(1000, rel=1e-6)
+        grid = torch.linspace(-1, 20, 400, dtype=torch.float64)
+        if span < 1:  # else the tails of wide peaks go beyond the axis
+            assert float(view.counts(grid).sum()) * float(grid[1] - grid[0]) == pytest.approx(1000, rel=0.02)
+        occupied = edges[:-1][view.in_bins(edges) > 0]
+        assert float(occupied[0]) > nodes[0] - 0.3
 
 
 def test_eigenvalues_are_where_the_heat_map_shows_them(folder):

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, Union
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Protocol, Union
 
 from lightning_dynamics.recording.figures.panels import Panel, draw
 from lightning_dynamics.recording.figures.standard import cost_panels, panels_of, section, sections
 from lightning_dynamics.recording.reading import Run, load_runs
 from lightning_dynamics.recording.record import Record
+from lightning_dynamics.recording.table import RecordTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +33,7 @@ class HasRun(Protocol):
     def run(self) -> Run: ...
 
 
-Source = Union[str, "os.PathLike[str]", Run, HasRun, Sequence["Source"], Sequence[Record]]
+Source = Union[str, "os.PathLike[str]", Run, HasRun, Iterable["Source"], Iterable[Record]]
 """What was measured."""
 
 
@@ -107,7 +109,8 @@ def sam(source: Source, *, family: str = "sam") -> Figure:
 
 def cost(source: Source) -> Figure:
     """Share of the wall-clock time that measuring took, and of which monitor; errors as :func:`sharpness`."""
-    return draw(_some(cost_panels(as_runs(source)), "a cost"), title="Cost of the monitors")
+    runs = as_runs(source)
+    return draw(_some(cost_panels(runs), "cost", runs), title="Cost of the monitors")
 
 
 def curves(source: Source, keys: str | Sequence[str]) -> Figure:
@@ -121,13 +124,16 @@ def curves(source: Source, keys: str | Sequence[str]) -> Figure:
         ValueError: If none of them was measured.
         FileNotFoundError: If a path has no record file.
     """
-    patterns = [re.compile(keys)] if isinstance(keys, str) else [re.compile(key) for key in keys]
+    try:
+        patterns = [re.compile(key) for key in ([keys] if isinstance(keys, str) else keys)]
+    except re.error as error:
+        raise ValueError(f"`keys` must be keys, or regular expressions for them, got {keys!r}: {error}.") from error
     runs = as_runs(source)
     panels: list[Panel] = []
-    for family in dict.fromkeys(table.family for run in runs for table in run.tables):
+    for family in _families(runs):
         wanted = partial(_matches, patterns, family)
         panels += panels_of(runs, family, only=lambda quantity, wanted=wanted: wanted(quantity.key))  # type: ignore[misc]
-    return draw(_some(panels, f"values of {keys!r}"))
+    return draw(_some(panels, f"values of {keys!r}", runs))
 
 
 def as_runs(source: Source) -> list[Run]:
@@ -140,19 +146,22 @@ def as_runs(source: Source) -> list[Run]:
     ]
 
 
-def _runs(source: Source) -> Iterator[Run]:
+def _runs(source: Any) -> Iterator[Run]:
     if isinstance(source, (str, os.PathLike)):
         yield from load_runs(source)
     elif isinstance(source, Run):
         yield source
-    elif isinstance(source, Sequence):
-        if source and isinstance(source[0], Record):
-            yield Run("", (), source)  # type: ignore[arg-type]
-        else:
-            for each in source:
-                yield from _runs(each)  # type: ignore[arg-type]
     elif isinstance(getattr(source, "run", None), Run):
         yield source.run
+    elif isinstance(source, Iterable) and not isinstance(source, RecordTable):
+        several = list(source)
+        if several and all(isinstance(each, Record) for each in several):
+            yield Run("", (), several)
+            return
+        for are_paths, group in groupby(several, lambda each: isinstance(each, (str, os.PathLike))):
+            # together, so that names tell them apart, and a run that was resumed elsewhere is one
+            for each in [load_runs(*group)] if are_paths else group:
+                yield from _runs(each)
     else:
         raise TypeError(f"Runs, paths, monitors or records can be drawn, not {type(source).__name__}.")
 
@@ -171,8 +180,10 @@ def _matches(patterns: Sequence[re.Pattern[str]], family: str, key: str) -> bool
 
 
 def _of_keys(source: Source, family: str, keys: Sequence[str], title: str) -> Figure:
-    panels = panels_of(as_runs(source), family, only=lambda quantity: quantity.key in keys)
-    return draw(_some(panels, f"values of {family}/{keys[0]}"), title=title)
+    runs = as_runs(source)
+    family = _family(runs, family)
+    panels = panels_of(runs, family, only=lambda quantity: quantity.key in keys)
+    return draw(_some(panels, f"values of {family}/{keys[0]}", runs), title=title)
 
 
 def _overview(source: Source, family: str) -> Figure:
@@ -180,16 +191,34 @@ def _overview(source: Source, family: str) -> Figure:
 
 
 def _standard(source: Source, family: str, name: str) -> Figure:
-    found = [shown for shown in section(as_runs(source), family).figures if shown.name == name]
+    runs = as_runs(source)
+    family = _family(runs, family)
+    found = [shown for shown in section(runs, family).figures if shown.name == name]
     if not found:
         what = "values" if name == "overview" else name.removesuffix("-0").replace("-", " ")
-        raise ValueError(f"There is no {what} of {family} in these records.")
+        raise ValueError(_nothing(f"{what} of {family}", runs))
     return found[0].draw()
 
 
-def _some(panels: list[Panel], what: str) -> list[Panel]:
+def _family(runs: Sequence[Run], family: str) -> str:
+    """The family itself, or the one of a named monitor where there is no other."""
+    families = _families(runs)
+    named = [each for each in families if each.startswith(f"{family}_")]
+    return named[0] if family not in families and len(named) == 1 else family
+
+
+def _families(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(table.family for run in runs for table in run.tables))
+
+
+def _nothing(what: str, runs: Sequence[Run]) -> str:
+    families = ", ".join(_families(runs)) or "nothing"
+    return f"These records hold no {what}. They hold {families}."
+
+
+def _some(panels: list[Panel], what: str, runs: Sequence[Run]) -> list[Panel]:
     if not panels:
-        raise ValueError(f"There is no {what} in these records.".replace("no a ", "no "))
+        raise ValueError(_nothing(what, runs))
     return panels
 
 

@@ -115,9 +115,24 @@ class DensityView:
         axes.spines[["top", "right"]].set_visible(False)
 
     def counts(self, grid: Tensor) -> Tensor:
-        """Eigenvalues per unit of λ at these places, shape as ``grid``, float64."""
-        span = float(self.nodes[-1]) - float(self.nodes[0])
-        return self.size * self._smoothed(grid, max(span, 1e-12) / 120)
+        """Eigenvalues per unit of λ at evenly spaced places, shape as ``grid``, float64; no peak falls between them."""
+        return self.size * self._smoothed(grid, float(grid[-1] - grid[0]) / 120)
+
+    def in_bins(self, edges: Tensor) -> Tensor:
+        """Number of eigenvalues in evenly spaced bins that cover the spectrum: together all of them.
+
+        Args:
+            edges: Their edges, one more, ascending, float64.
+        """
+        width = float(edges[1] - edges[0])
+        nodes, weights, widths = self._peaks(width / 2)
+        # nothing beyond the outermost nodes
+        ends = torch.tensor([float(nodes[0]) - width / 2, float(nodes[-1]) + width / 2], dtype=torch.float64)
+        inside = torch.special.ndtr((edges.clamp(ends[0], ends[1])[:, None] - nodes) / widths)
+        whole = torch.special.ndtr((ends[:, None] - nodes) / widths)
+        shares = (inside[1:] - inside[:-1]) / (whole[1] - whole[0])
+        counts: Tensor = self.size * (shares * weights).sum(dim=1)
+        return counts
 
     def _smoothed(self, grid: Tensor, narrowest: float) -> Tensor:
         """The density at ``grid``."""

@@ -29,7 +29,7 @@ _MARKED = 40  # points that are few enough to be marked one by one
 _COLUMNS = 3
 _SIZE = (3.1, 2.25)  # of a panel, in inches, without its legend
 _LEGEND_LINE = 0.16
-_LETTERS = 60  # of a name in a legend
+_LETTERS = 42  # of a name in a legend
 
 
 @dataclass(frozen=True)
@@ -191,26 +191,20 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         if is_log:
             lowest += [(x, curve.colour) for x, value in zip(curve.x, curve.y, strict=True) if -math.inf < value <= 0]
         known = sum(not math.isnan(value) for value in y)
-        marker = "o" if known <= _MARKED and curve.style == "line" else None
         axes.plot(
             curve.x,
             y,
             linestyle=_STYLES[curve.style],
             color=curve.colour,
             linewidth=1.3 if curve.style == "line" else 1.2,
-            marker=marker,
+            marker="o" if known <= _MARKED and curve.style == "line" else None,
             markersize=2.6,
             zorder=3 if curve.style == "line" else 2.5,
         )
+        alone = _alone(y)  # what a line does not show
+        axes.plot([curve.x[k] for k in alone], [y[k] for k in alone], "o", color=curve.colour, markersize=2.6, zorder=3)
         if curve.error is not None:
-            band = list(zip(curve.x, y, curve.error, strict=True))
-            known_band = [(x, value - error, value + error) for x, value, error in band if math.isfinite(value + error)]
-            if any(high > low for _, low, high in known_band):
-                floor = 1e-300 if is_log else -math.inf
-                x, low, high = zip(*known_band, strict=True)
-                low = tuple(max(each, floor) for each in low)
-                axes.fill_between(x, low, high, color=curve.colour, alpha=0.18, linewidth=0)
-                bands += [each for each in (*low, *high) if _is_shown(each, is_log)]
+            bands += _draw_errors(axes, curve, y, is_log)
     shown += [level for level, _ in panel.levels if _is_shown(level, is_log)]
     axes.set_autoscale_on(False)
     if is_log:
@@ -253,11 +247,34 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     _draw_legend(axes, panel)
 
 
+def _draw_errors(axes: Axes, curve: Curve, y: Sequence[float], is_log: bool) -> list[float]:
+    """A band where neighbours have errors, bars where they stand alone; returns their ends."""
+    assert curve.error is not None
+    known = [math.isfinite(value) and math.isfinite(error) for value, error in zip(y, curve.error, strict=True)]
+    floor = 1e-300 if is_log else -math.inf
+    low = [max(v - e, floor) if k else math.nan for v, e, k in zip(y, curve.error, known, strict=True)]
+    high = [v + e if k else math.nan for v, e, k in zip(y, curve.error, known, strict=True)]
+    if not any(b > a for a, b in zip(low, high, strict=True)):
+        return []
+    axes.fill_between(curve.x, low, high, where=known, color=curve.colour, alpha=0.18, linewidth=0)
+    for k in _alone(high):
+        axes.plot([curve.x[k]] * 2, [low[k], high[k]], color=curve.colour, alpha=0.5, linewidth=1)
+    return [end for end in (*low, *high) if _is_shown(end, is_log)]
+
+
+def _alone(values: Sequence[float]) -> list[int]:
+    """Places of values without a neighbour."""
+    known = [False, *(not math.isnan(value) for value in values), False]
+    return [k - 1 for k in range(1, len(known) - 1) if known[k] and not known[k - 1] and not known[k + 1]]
+
+
 def _near(bands: Sequence[float], values: Sequence[float], is_log: bool) -> list[float]:
     """Ends of bands, as far as they do not make the curves small."""
     if not values:
         return []
     low, high = min(values), max(values)
+    if low == high:
+        return list(bands)
     if is_log:
         reach = (high / low) ** 0.25
         low, high = low / reach, high * reach
@@ -327,7 +344,9 @@ def _rows_of_legend(runs: dict[str, str], width: float) -> Iterator[list[str]]:
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…"
+    """Without its middle, if it is long: names differ at their ends."""
+    half = _LETTERS // 2
+    return name if len(name) <= _LETTERS else f"{name[:half]}…{name[-half:]}"
 
 
 def _is_shown(value: float, is_log: bool) -> bool:

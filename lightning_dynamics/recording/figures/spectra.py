@@ -11,6 +11,7 @@ import torch
 
 from lightning_dynamics.recording.figures.density import DensityView
 from lightning_dynamics.recording.figures.style import (
+    GREY,
     VERMILION,
     house_style,
     linear_limits,
@@ -47,7 +48,7 @@ def draw_spectra(found: Spectra) -> Figure:
     drawn = [view for _, _, view in places if view is not None]
     left = min(view.extent[0] for view in drawn)
     right = max(view.extent[1] for view in drawn)
-    grid = torch.linspace(left, right, 200, dtype=torch.float64)
+    grid = torch.linspace(left, right, 400, dtype=torch.float64)
     most = max(float(view.counts(grid).max()) for view in drawn)
     columns = min(_IN_A_ROW, len(places))
     count = -(-len(places) // columns)
@@ -68,6 +69,7 @@ def draw_spectra(found: Spectra) -> Figure:
         if i + columns >= len(places):
             axes.set_xlabel(plain(f"λ [{view.unit}]"), fontsize=7.5)
     _margins(figure, left=0.62, right=0.12, bottom=0.42, top=0.3, between=(0.09, 0.34))
+    _say_how_many(figure, len(rows), len(found))
     return figure
 
 
@@ -78,15 +80,11 @@ def draw_over_time(found: Spectra, family: str) -> Figure:
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
-    found = found[:_ROWS]
+    every, found = len(found), found[:_ROWS]
     low = min(view.extent[0] for _, views in found for _, view in views)
     high = max(view.extent[1] for _, views in found for _, view in views)
     edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
-    middles = (edges[1:] + edges[:-1]) / 2
-    width = float(edges[1] - edges[0])
-    maps = [
-        torch.stack([torch.log10(1 + view.counts(middles) * width) for _, view in views], dim=1) for _, views in found
-    ]
+    maps = [torch.stack([torch.log10(1 + view.in_bins(edges)) for _, view in views], dim=1) for _, views in found]
     # single eigenvalues are seen beside thousands
     norm, colours = PowerNorm(0.5, 0, max(float(each.max()) for each in maps)), time_colours()
     columns = min(2, len(found))
@@ -117,6 +115,7 @@ def draw_over_time(found: Spectra, family: str) -> Figure:
     bar.set_label("log₁₀(1 + eigenvalues)", fontsize=7.5)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
+    _say_how_many(figure, len(found), every)
     return figure
 
 
@@ -179,6 +178,7 @@ def draw_overlaps(runs: Sequence[Run], family: str) -> Figure:
     bar.set_label("|⟨v, v′⟩|²", fontsize=7.5)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
+    _say_how_many(figure, len(rows) // 2, len(runs))
     return figure
 
 
@@ -195,6 +195,12 @@ def _margins(
         wspace=between[0],
         hspace=between[1],
     )
+
+
+def _say_how_many(figure: Figure, shown: int, there_are: int) -> None:
+    if shown < there_are:
+        text = f"the first {shown} of {there_are} runs"
+        figure.text(0.995, 0.995, text, ha="right", va="top", fontsize=7, color=GREY)
 
 
 def _spread(length: int, most: int) -> list[int]:

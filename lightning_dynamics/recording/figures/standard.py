@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_dynamics.recording.figures.density import DensityView
-from lightning_dynamics.recording.figures.depth import DepthView
 from lightning_dynamics.recording.figures.panels import Curve, Panel, Style, draw
 from lightning_dynamics.recording.figures.spectra import draw_over_time, draw_overlaps, draw_spectra, has_overlaps
-from lightning_dynamics.recording.figures.style import CYCLE, GREEN, VERMILION, View, time_colours
+from lightning_dynamics.recording.figures.style import CYCLE, GREEN, VERMILION, View, house_style, time_colours
 from lightning_dynamics.recording.figures.views import densities, diffusions, phases, through_depth
 from lightning_dynamics.recording.quantity import LAST_LAYER, Quantity, QuantityTable
 from lightning_dynamics.recording.reading import Run, Series
+from lightning_dynamics.recording.record import Cost, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_STYLES: tuple[Style, ...] = ("line", "dotted", "dashed")
+_STYLES: tuple[Style, ...] = ("line", "dotted")
+_TOGETHER = len(_STYLES)  # quantities of several runs in the same axes
+_MARKED_RUNS = 6  # where each comes to the edge
 _LAYERED_RUNS = 3  # that are drawn by layer, each for itself
 _COST = "dynamics"
 _EDGE, _FITTED = "at the edge", "no errors"
@@ -73,7 +75,10 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     found = [section(runs, family) for family in families]
     cost = cost_panels(runs)
     if cost:
-        caption = "Share of the wall-clock time that measuring took so far, and what could not be measured."
+        caption = (
+            "Share of the wall-clock time that measuring took so far. What monitors measured together is shared "
+            "equally among them."
+        )
         found.append(Section(_COST, "Cost of the monitors", [Shown.of_panels("cost", "Cost", caption, cost)]))
     return [each for each in found if each.figures or each.more]
 
@@ -96,6 +101,8 @@ def section(runs: Sequence[Run], family: str) -> Section:
         if panels:
             of = f", {run.name}" if len(runs) > 1 else ""
             text = "One line for each layer, from the input (pale) to the output (dark)."
+            if len(runs) > _LAYERED_RUNS:
+                text += f" The first {_LAYERED_RUNS} of {len(runs)} runs."
             more.append(Shown.of_panels(f"layers-{i}", f"{title} by layer{of}", text, panels))
     return Section(family, title, figures, more)
 
@@ -126,65 +133,101 @@ def panels_of(
     marks = _marks(runs, family)
     panels = []
     for title, quantities in chosen.items():
-        curves = list(_curves(runs, family, list(quantities.values()), references))
-        if not curves:
-            continue
-        is_compared = bool(set(quantities) & (references | set(levels))) or "accuracy" in quantities
-        units = {quantity.unit for quantity in quantities.values()}
-        lines = {levels[key] for key in quantities if key in levels}
-        panels.append(
-            Panel(
-                title,
-                curves,
-                unit=units.pop() if len(units) == 1 else "",
-                scale="log" if title in log else "linear",
-                levels=[(level, "") for level in sorted(lines)],
-                marks=[(x, label if is_compared and len(runs) == 1 else "", colour) for x, label, colour in marks],
+        for part, together in _parts(title, list(quantities.values()), references, len(runs)):
+            curves = list(_curves(runs, family, together, references))
+            if not curves:
+                continue
+            keys = {quantity.key for quantity in together}
+            is_compared = bool(keys & (references | set(levels))) or "accuracy" in keys
+            units = {quantity.unit for quantity in together}
+            panels.append(
+                Panel(
+                    part,
+                    curves,
+                    unit=units.pop() if len(units) == 1 else "",
+                    scale="log" if title in log else "linear",
+                    levels=[(level, "") for level in sorted({levels[key] for key in keys if key in levels})],
+                    marks=[
+                        (x, label if is_compared and len(runs) == 1 else "", colour)
+                        for x, label, colour in (marks if len(runs) <= _MARKED_RUNS else ())
+                    ],
+                )
             )
-        )
     return panels
 
 
+def _parts(
+    title: str, quantities: Sequence[Quantity], references: set[str], count: int
+) -> Iterator[tuple[str, list[Quantity]]]:
+    """The quantities of a chart, one by one where several runs leave too few kinds of lines for all of them."""
+    values = [quantity for quantity in quantities if quantity.key not in references]
+    beside = [quantity for quantity in quantities if quantity.key in references]
+    if count == 1 or len(values) <= _TOGETHER:
+        symbol = values[0].symbol if len(quantities) == 1 else ""
+        yield f"{title}, {symbol}" if symbol and len(symbol) <= _SHORT else title, list(quantities)
+        return
+    for quantity in values:
+        # what it is compared with, where names say so
+        own = [each for each in beside if each.key.replace("_predicted", "") == quantity.key]
+        shared = [each for each in beside if "_predicted" not in each.key and each.unit == quantity.unit]
+        yield f"{title}: {quantity.key}", [quantity, *(own or shared)]
+
+
 def layer_panels(run: Run, family: str) -> list[Panel]:
-    """The quantities of layers, one panel for each, lines coloured by depth."""
+    """The quantities of layers, one panel for each, lines coloured by depth: a layer has one colour in all."""
     panels = []
     for table in (table for table in run.tables if table.family == family):
-        for quantity in (q for q in table.quantities if q.per_layer):
+        has_last = bool(table.of_form("depth"))
+        of_layers = [quantity for quantity in table.quantities if quantity.per_layer]
+        keys: dict[str, dict[str, str]] = {}
+        for quantity in of_layers:
             start = f"{family}/{quantity.key}"
-            keys = {key: key.removeprefix(f"{start}/") for key in run.keys if key.startswith(f"{start}/")}
-            if not keys:
-                continue
-            if any(q.key == quantity.key and not q.per_layer for q in table.quantities) and table.of_form("depth"):
-                keys[start] = LAST_LAYER
-            colours = _depth_colours(len(keys))
-            curves = [_curve(run.series(key), keys[key], colour) for key, colour in zip(keys, colours, strict=True)]
-            panel = quantity.panel.removesuffix(", by layer")
-            is_log = panel in table.log_panels
-            title = f"{quantity.symbol} ({quantity.key})" if quantity.symbol else quantity.key
-            panels.append(Panel(title, [c for c in curves if len(c.x)], quantity.unit, "log" if is_log else "linear"))
+            found = {key.removeprefix(f"{start}/"): key for key in run.keys if key.startswith(f"{start}/")}
+            if found and has_last and start in run.keys:
+                found[LAST_LAYER] = start
+            keys[quantity.key] = found
+        layers = dict.fromkeys(layer for found in keys.values() for layer in found if layer != LAST_LAYER)
+        layers.update(dict.fromkeys(layer for found in keys.values() for layer in found))
+        colours = dict(zip(layers, _depth_colours(len(layers)), strict=True))
+        for quantity in of_layers:
+            curves = [_curve(run.series(key), layer, colours[layer]) for layer, key in keys[quantity.key].items()]
+            if curves:
+                is_log = quantity.panel.removesuffix(", by layer") in table.log_panels
+                title = f"{quantity.symbol} ({quantity.key})" if quantity.symbol else quantity.key
+                panels.append(Panel(title, curves, quantity.unit, "log" if is_log else "linear"))
     return panels
 
 
 def cost_panels(runs: Sequence[Run]) -> list[Panel]:
-    """What measuring took."""
+    """What measuring took; what monitors measured together is shared equally among them."""
     told = [(run, colour) for run, colour in zip(runs, run_colours(len(runs)), strict=True) if run.costs]
     if not told:
         return []
     several = len(runs) > 1
-    shares, skipped, seconds = [], [], []
-    for run, colour in told:
-        name, steps = run.name if several else "", [float(cost.step) for cost in run.costs]
-        shares.append(Curve("share of time", steps, [cost.overhead for cost in run.costs], colour, name))
-        skipped.append(Curve("skipped points", steps, [float(cost.skipped) for cost in run.costs], colour, name))
-        labels = dict.fromkeys(label for cost in run.costs for label in cost.seconds)
-        for i, label in enumerate(labels):
-            values = [cost.seconds.get(label, math.nan) for cost in run.costs]
-            own = CYCLE[i % len(CYCLE)]
-            seconds.append(Curve(label, steps, values, colour if several else own, name, _STYLES[i % 3 * several]))
-    panels = [Panel("Share of the wall-clock time", shares), Panel("Time by monitor", seconds, unit="s")]
+
+    def curves(label: str, value: Callable[[Cost], float]) -> list[Curve]:
+        return [
+            Curve(label, [float(c.step) for c in run.costs], list(map(value, run.costs)), colour, run.name * several)
+            for run, colour in told
+        ]
+
+    panels = [Panel("Share of the wall-clock time", curves("share of time", lambda cost: cost.overhead))]
+    labels = list(dict.fromkeys(label for run, _ in told for cost in run.costs for label in cost.seconds))
+    by_monitor = {label: curves(label, partial(_seconds, label)) for label in labels}
+    if several:
+        panels += [Panel(f"Time of {label}", own, "s") for label, own in by_monitor.items()]
+    else:
+        colours = CYCLE if len(labels) <= len(CYCLE) else _depth_colours(len(labels))
+        lines = [replace(own[0], colour=colour) for own, colour in zip(by_monitor.values(), colours, strict=False)]
+        panels.append(Panel("Time by monitor", lines, "s"))
+    skipped = curves("skipped points", lambda cost: float(cost.skipped))
     if any(value for curve in skipped for value in curve.y):
         panels.append(Panel("Skipped points", skipped))
     return panels
+
+
+def _seconds(label: str, cost: Cost) -> float:
+    return cost.seconds.get(label, math.nan)
 
 
 def run_colours(count: int) -> list[str]:
@@ -196,6 +239,9 @@ def _curves(runs: Sequence[Run], family: str, quantities: Sequence[Quantity], re
     symbols = [quantity.symbol for quantity in quantities]
     several = len(runs) > 1
     values = [quantity for quantity in quantities if quantity.key not in references]
+    kept = [each for each in CYCLE if each != VERMILION]  # which is that of what they are compared with
+    own_colours = kept[: len(values)] if len(values) <= len(kept) else _depth_colours(len(values))
+    units = {quantity.unit for quantity in quantities}
     for run, colour in zip(runs, run_colours(len(runs)), strict=True):
         for quantity in (*values, *(q for q in quantities if q.key in references)):
             series = run.series(f"{family}/{quantity.key}")
@@ -203,12 +249,13 @@ def _curves(runs: Sequence[Run], family: str, quantities: Sequence[Quantity], re
                 continue
             is_clear = len(quantity.symbol) <= _SHORT and symbols.count(quantity.symbol) == 1
             label = quantity.symbol if is_clear and quantity.symbol else quantity.key
+            label += f" [{quantity.unit}]" if len(units) > 1 and quantity.unit not in ("", "1") else ""
             style: Style = "dashed"
             own = VERMILION
             if quantity.key not in references:
                 place = values.index(quantity)
                 style = _STYLES[place % len(_STYLES)] if several else "line"
-                own = [each for each in CYCLE if each != VERMILION or not references][place % (len(CYCLE) - 1)]
+                own = own_colours[place]
             yield _curve(series, label, colour if several else own, run.name if several else "", style)
 
 
@@ -286,10 +333,11 @@ def _layers(runs: Sequence[Run], family: str) -> Iterator[Shown]:
     """The last record with layers shows all before it."""
     for i, run in enumerate(runs):
         tables = [table for table in run.tables if table.family == family]
-        last: dict[str, DepthView] = {}
-        for record in run.records:
-            last.update((view.key, view) for view in through_depth(record, run.records, tables))
-        for view in last.values():
+
+        def made(record: Record, run: Run = run, tables: list[QuantityTable] = tables) -> Iterator[View]:
+            return through_depth(record, run.records, tables)
+
+        for _, view in _last_views(run, made, 1):
             yield Shown(
                 f"{_name(view.key)}-{i}",
                 f"Through depth{_of(run, runs)}",
@@ -301,14 +349,15 @@ def _layers(runs: Sequence[Run], family: str) -> Iterator[Shown]:
 def _motions(runs: Sequence[Run], family: str) -> Iterator[Shown]:
     for i, run in enumerate(runs):
         tables: list[QuantityTable] = [table for table in run.tables if table.family == family]
-        last: dict[str, tuple[int, View]] = {}
-        for record in run.records:
-            views: list[View] = [*diffusions(record, run.records, tables), *phases(record, tables)]
-            last.update((view.key, (record.step, view)) for view in views)
-        for key, (step, view) in last.items():
-            is_phase = key.endswith("phase")
+
+        def made(record: Record, run: Run = run, tables: list[QuantityTable] = tables) -> Iterator[View]:
+            yield from diffusions(record, run.records, tables)
+            yield from phases(record, tables)
+
+        for step, view in _last_views(run, made):
+            is_phase = view.key.endswith("phase")
             yield Shown(
-                f"{_name(key)}-{i}",
+                f"{_name(view.key)}-{i}",
                 f"{'Phase planes' if is_phase else 'Displacement over time'}{_of(run, runs)}",
                 "Position and velocity of the weights along frozen eigenvectors of the Hessian."
                 if is_phase
@@ -316,6 +365,23 @@ def _motions(runs: Sequence[Run], family: str) -> Iterator[Shown]:
                 "one; its sliding exponent; squared step length.",
                 partial(view.figure, step),
             )
+
+
+def _last_views(run: Run, made: Callable[[Record], Iterator[View]], kinds: int = 2) -> list[tuple[int, View]]:
+    """The last view of each key, with its step.
+
+    Args:
+        run: The run.
+        made: The views of a record.
+        kinds: How many keys there are at most.
+    """
+    last: dict[str, tuple[int, View]] = {}
+    for record in reversed(run.records):
+        for view in made(record):
+            last.setdefault(view.key, (record.step, view))
+        if len(last) >= kinds:
+            break
+    return [last[key] for key in sorted(last)]
 
 
 def _name(key: str) -> str:
@@ -326,6 +392,7 @@ def _of(run: Run, runs: Sequence[Run]) -> str:
     return f", {run.name}" if len(runs) > 1 else ""
 
 
+@house_style
 def _depth_colours(count: int) -> list[str]:
     from matplotlib.colors import to_hex
 

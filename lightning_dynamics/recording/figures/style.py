@@ -132,7 +132,7 @@ def log_limits(axes: Axes, which: Literal["x", "y"], values: Sequence[float], ma
     decades = range(math.ceil(low), math.floor(high) + 1)
     powers = list(decades[:: len(decades) // (_TICKS + 1) + 1])
     names = [power_of_ten(power).strip() or "10⁰" for power in powers]
-    if len(powers) > 1:
+    if len(powers) > 2:
         ticks = [10.0**power for power in powers]
     else:
         spread = [(m, power) for power in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)]
@@ -141,21 +141,28 @@ def log_limits(axes: Axes, which: Literal["x", "y"], values: Sequence[float], ma
         names = [
             f"{m * 10.0**power:g}" if -3 < power < 3 else f"{m}·{power_of_ten(power).strip()}" for m, power in shown
         ]
+        if len(ticks) < 3:  # less than a decade, between the fives
+            ticks = _even_ticks(10.0**low, 10.0**high)
+            names = _tick_names(ticks)
     _set_axis(axes, which, (10.0**low, 10.0**high), ticks, names)
 
 
 def linear_limits(axes: Axes, which: Literal["x", "y"], values: Sequence[float], margin: float) -> None:
     """Ends and ticks of a linear axis that shows the values."""
-    from matplotlib.ticker import MaxNLocator
-
     low, high = min(values, default=0.0), max(values, default=1.0)
     if not high - low > 1e-9 * max(abs(low), abs(high)):
         low, high = low - (0.05 * abs(low) or 0.5), high + (0.05 * abs(high) or 0.5)
     length = high - low
     low, high = low - margin * length, high + margin * length
-    ticks = [float(tick) for tick in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
+    ticks = _even_ticks(low, high)
     _set_axis(axes, which, (low, high), ticks, _tick_names(ticks))
+
+
+def _even_ticks(low: float, high: float) -> list[float]:
+    from matplotlib.ticker import MaxNLocator
+
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(tick) for tick in ticks if low <= tick <= high]
 
 
 def _tick_names(ticks: Sequence[float]) -> list[str]:
@@ -173,7 +180,10 @@ def _tick_names(ticks: Sequence[float]) -> list[str]:
     digits = max(0, min(_DIGITS, -math.floor(math.log10(spacing / factor * 1.0001)))) if spacing else 0
     if spacing and any(abs(round(t / factor, digits) - t / factor) > 1e-3 * spacing / factor for t in ticks):
         digits += 1  # steps of 2.5
-    return [f"{tick / factor + 0.0:.{digits}f}{unit if tick else ''}" for tick in ticks]
+    names = [f"{tick / factor + 0.0:.{digits}f}{unit if tick else ''}" for tick in ticks]
+    if len(set(names)) < len(names) and len(ticks) > 1:  # nearly the same numbers: how far they are from the first
+        return [f"{ticks[0]:.6g}", *(f"+{name}" for name in _tick_names([tick - ticks[0] for tick in ticks[1:]]))]
+    return names
 
 
 def _set_axis(

@@ -104,5 +104,8 @@ def _is_further(record: Record, records: Sequence[Record], family: str) -> bool:
 
     if "reference" in record.notes or not tens(record):
         return False
-    before = [each for each in records if each.monitor == record.monitor and each.step < record.step]
-    return record.final or not before or tens(record) > tens(max(before, key=lambda each: each.step))
+    if record.final:
+        return True
+    before = (each for each in reversed(records) if each.monitor == record.monitor and each.step < record.step)
+    previous = next(before, None)  # records are in the order of their steps, but for points that waited for data
+    return previous is None or tens(record) > tens(previous)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_dynamics.recording.figures.style import plus_minus
 from lightning_dynamics.recording.html.markup import facts, folded, key_name, name, plain, said, table, text
-from lightning_dynamics.recording.reading import Run
+from lightning_dynamics.recording.reading import Run, mapping
 
 _PARAMETER = "hyper-parameter "
 _SURE = 5e-4  # error that is not shown, as a share of the value
@@ -125,23 +125,23 @@ def _date(run: Run) -> str:
 def _settings(run: Run) -> dict[str, str]:
     """What it was run with, in words, by what it is called; hyper-parameters first."""
     header = run.header
-    found = {f"{_PARAMETER}{key}": said(value) for key, value in _leaves(_mapping(header.get("hyperparameters")))}
+    found = {f"{_PARAMETER}{key}": said(value) for key, value in _leaves(mapping(header.get("hyperparameters")))}
     if "module" in header:
         found["module"] = said(header["module"])
     rules = {
         label: said(monitor["threshold_rule"])
-        for label, monitor in _mapping(header.get("monitors")).items()
-        if "threshold_rule" in _mapping(monitor)
+        for label, monitor in mapping(header.get("monitors")).items()
+        if "threshold_rule" in mapping(monitor)
     }
     if rules:
         one = len(set(rules.values())) == 1
         found["threshold rule"] = (
             next(iter(rules.values())) if one else "; ".join(f"{k}: {v}" for k, v in rules.items())
         )
-    trainer = _mapping(header.get("trainer"))
+    trainer = mapping(header.get("trainer"))
     told = {term: said(trainer[key]) for key, term in _TRAINER.items() if key in trainer}
     found |= {term: value for term, value in told.items() if value not in _UNLIMITED}
-    versions = _mapping(header.get("versions"))
+    versions = mapping(header.get("versions"))
     if versions:
         found["versions"] = ", ".join(f"{key} {said(value)}" for key, value in versions.items())
     return found
@@ -150,10 +150,10 @@ def _settings(run: Run) -> dict[str, str]:
 def _monitors(run: Run) -> Iterator[tuple[str, ...]]:
     """What measured, how often, on which data, against which edge, and what that took."""
     seconds = run.costs[-1].seconds if run.costs else {}
-    monitors = _mapping(run.header.get("monitors"))
+    monitors = mapping(run.header.get("monitors"))
     for label in dict.fromkeys([*monitors, *seconds]):
-        told = _mapping(monitors.get(label))
-        probe = _mapping(told.get("probe"))
+        told = mapping(monitors.get(label))
+        probe = mapping(told.get("probe"))
         data = said(probe["kind"]) if "kind" in probe else "–"
         if probe.get("n"):
             of = "" if probe.get("N") is None else f" of {said(probe['N'])}"
@@ -228,8 +228,3 @@ def _leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{before}{key}.")
         else:
             yield f"{before}{key}", value
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """What a header says, where it says what it should."""
-    return value if isinstance(value, Mapping) else {}
