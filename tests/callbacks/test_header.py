@@ -223,6 +223,191 @@ def test_addresses_lose_their_credentials(address, left):
     assert plain({"address": address}) == {"address": left}
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQR"
+HEX = "89abcdef0123456789abcdef0123456789abcdef"
+
+SECRET_NAMES = (
+    "password passwd passphrase pass db_pass PGPASSWORD PassWord pwd PWD pw db-pw pin login secret client_secret "
+    "secrets credential awsCredentials auth basic.auth oauth2 authorization Proxy-Authorization apikey api_key "
+    "x-api-key API_KEY_2 access_key AWS_ACCESS_KEY_ID private_key secretKey ssh_key sshkey encryption-key LICENSE_KEY "
+    "apiKeys APIKey key token Token api_token apitoken hf_token access_token refreshToken session_token"
+)
+
+
+@pytest.mark.parametrize("name", [*SECRET_NAMES.split(), "api key", "license key"])
+def test_what_is_called_like_a_secret_is_left_out(name):
+    assert plain({name: "word", "kept": 1}) == {"kept": 1}
+    assert plain({name: ["word"], "kept": 1}) == {"kept": 1}
+    assert plain({name: {"of": "word"}, "kept": 1}) == {"kept": 1}
+    assert plain({"argv": [f"--{name.replace(' ', '-')}", "word", "--lr", "3"]})["argv"][1:] == ["--lr", "3"]
+    assert without_secrets({name: "word", "kept": "word"}) == {name: "[removed]", "kept": "word"}
+    assert without_secrets({name: ["word", 3]}) == {name: ["[removed]", 3]}
+
+
+@pytest.mark.parametrize("name", ["password", "db_pass", "pwd", "pw", "pin", "secret", "credentials", "login", "auth"])
+def test_numbers_can_be_secrets_but_switches_cannot(name):
+    assert plain({name: 1234}) == plain({name: [1.5]}) == {}
+    assert plain({name: True}) == {name: True}
+    assert plain({name: None}) == {name: None}
+
+
+HARMLESS = {
+    "num_tokens": 512,
+    "max_tokens": 10**9,
+    "tokens": 3,
+    "tokens_per_batch": "auto",
+    "tokenizer": "bert-base-uncased-2019-whole-word-masking",
+    "tokenizer_name": "WordPiece",
+    "token_dropout": 0.1,
+    "use_cls_token": True,
+    "padding_token_id": 0,
+    "pad_token": "[PAD]",
+    "eos_token": "</s>",
+    "mask_token": "MASK",
+    "bos_token": "<|endoftext|>",
+    "special_tokens": ["[CLS]", "<extra_id_0>", {"unk": "<unk>"}],
+    "token": 3,
+    "api_key": None,
+    "key": 7,
+    "keys": ["image", "label"],
+    "key_dim": 64,
+    "num_key_value_heads": 8,
+    "keypoints": "coco",
+    "label_key": "labels",
+    "monitor_key": "val/loss_of_the_second_head_10",
+    "monkey": "capuchin",
+    "author": "Johannes",
+    "authors": ["A. Author"],
+    "pin_memory": True,
+    "pin_memory_device": "cuda",
+    "bypass": "last",
+    "compass": 4,
+    "secretary": "problem",
+    "keyboard-layout": "standard",
+    "commit": HEX,
+    "model_revision": HEX,
+    "git": {"sha1": [HEX]},
+    "checkpoint": f"hub/snapshots/{HEX}/model.ckpt",
+    "source": f"git+https://example.org/a@{HEX}",
+    "note": f"commit {HEX}",
+    "argv": ["--revision", HEX, "--max-tokens", "4096", "--use-auth", "--lr", "3"],
+    "command": "train.py --max-tokens 512 --use-auth --pad-token [PAD] --label-key y GPT(num_tokens=64)",
+    "text": "Basic training, bearer of news; a key value store: 3, time: 10:30",
+    "json": '{"max_tokens": 5, "tokenizer": "x", "author": ["y"]}',
+    "long_word": "eyJ-and-some-more",
+    "hub": "hf_internal_testing_tiny_random_bert",
+    "module": "sk-learn",
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_only_sounds_like_a_secret_is_kept(name):
+    entry = {name: HARMLESS[name]}
+    assert plain(entry) == entry
+    assert without_secrets(entry) == entry
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pad_token", "abcdefghijklm"),  # thirteen letters
+        ("some_token", "ab-12"),
+        ("stripe_key", "0123456789abcdef"),
+        ("token_source", "a0123456789abcdefg"),
+        ("tokens", {"hf": "word"}),
+        ("anything", HEX),
+        ("anything", [f"login {HEX}"]),
+        ("key_of_run", HEX),
+    ],
+)
+def test_keys_and_tokens_of_other_names_must_look_harmless(name, value):
+    assert plain({name: value}) in ({}, {name: []})
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *(prefix + LETTERS for prefix in ["wandb_v1_", "AIza", "ya29.", "sk_live_", "npm_", "pypi-", "nvapi-", "r8_"]),
+        *(prefix + LETTERS for prefix in ["hf_", "sk-", "glpat-", "xoxb-", "ghp_", "github_pat_"]),
+        *(f"ASIA{4 * 'ABC7'}", f"AKIA{4 * 'ABC7'}", f"eyJ{LETTERS[:40]}", 2 * f"eyJ{LETTERS[:10]}." + "abc", HEX),
+        *("hooks.slack.com/services/T0/B0/abc", "discord.com/api/webhooks/1/abc"),
+        "-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----",
+    ],
+)
+def test_tokens_are_known_by_their_looks(token):
+    assert plain({"a": token, "b": f"see ({token}) there", "c": 1}) == {"c": 1}
+    assert without_secrets(f'see "{token}" there') == 'see "[removed]" there'
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("train.py --api-key hunter2secret --lr 3", "train.py --api-key [removed] --lr 3"),
+        ("train.py --verbose --token 'a b' -pw x", "train.py --verbose --token '[removed]' -pw [removed]"),
+        ("--hf_token=x --seed=3", "--hf_token=[removed] --seed=3"),
+        ("password: x", "password: [removed]"),
+        ("note: password: x", "note: password: [removed]"),
+        ("the API key: x", "the API key: [removed]"),
+        ('{"password": "x"}', '{"password": "[removed]"}'),
+        ('{"lr": 3, "pin": 1234}', '{"lr": 3, "pin": [removed]}'),
+        (r'{"a": "{\"password\": \"x\"}"}', r'{"a": "{\"password\": \"[removed]\"}"}'),
+        (r'{"password": "x\"y", "lr": 3}', r'{"password": "[removed]", "lr": 3}'),
+        ('{"auth": {"user": "x"}, "lr": 3}', '{"auth": [removed], "lr": 3}'),
+        ("{'api_keys': ['x', 'y'], 'lr': 3}", "{'api_keys': [removed], 'lr': 3}"),
+        ("Server=db;Pwd=x;Timeout=3", "Server=db;Pwd=[removed];Timeout=3"),
+        ("Model(secret='x, y', width=3)", "Model(secret='[removed]', width=3)"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic [removed]"),
+        ("curl -H 'Basic dXNlcjpwYXNzd29yZA=='", "curl -H 'Basic [removed]'"),
+        ("bearer abcdefghijklmnop", "bearer [removed]"),
+        ("https://h/a?sig=x&part=1", "https://h/a?sig=[removed]&part=1"),
+    ],
+)
+def test_texts_lose_what_they_call_like_a_secret(text, left):
+    assert plain({"text": text}) == {"text": left}
+    assert without_secrets([text]) == [left]
+    assert without_secrets(left) == left
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AUTH_MODE", "disabled"),
+        ("GIT_AUTHOR_NAME", "Johannes"),
+        ("KEYBOARD_LAYOUT", "standard"),
+        ("PWD", "/home/someone/work-1"),
+        ("SSH_AUTH_SOCK", "/tmp/ssh-XX/agent.1"),
+        ("CREDENTIALS", r"C:\Users\a.json"),
+        ("AUTH_URL", "https://example.org/login"),
+        ("TOKENIZERS_PARALLELISM", "Disabled"),
+        ("PAD_TOKEN", "Separator"),
+        ("API_KEY", "Short12"),
+    ],
+)
+def test_of_the_environment_only_secrets_are_looked_for(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    text = f"with {value} of it"
+    assert plain({"text": text}) == {"text": text}
+    assert without_secrets(text) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DB_PASS", "Swordfish"),
+        ("MYSQL_PWD", "swordfish-1"),
+        ("SERVICE_KEY", "swordfish1"),
+        ("SOME_TOKEN", "Sword fish 0123456789abcdef"),
+        ("AUTH", "https://u:p@example.org"),
+        ("AUTH", "dXNlcjpwYXNz/+=="),
+        ("LOGIN_TOKEN", "https://hooks.slack.com/services/T0/B0/abc"),
+    ],
+)
+def test_secrets_of_the_environment_are_found_in_texts(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert plain({"text": f"with {value} of it"}) == {}
+    assert without_secrets(f"with {value} of it") == "with [removed] of it"
+
+
 def test_notes_of_records_carry_no_secrets_either(tmp_path):
     class Talkative(HessianMonitor):
         def measure(self, point):
