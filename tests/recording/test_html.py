@@ -5,6 +5,7 @@ import hashlib
 import html
 import json
 import math
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -558,6 +559,37 @@ def test_the_command_puts_a_report_into_a_directory(tmp_path):
     small_run(tmp_path / "a")
     assert main(["report", str(tmp_path / "a"), "-o", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").exists()
+
+
+def test_the_command_writes_to_files_alone(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "a", steps=range(0, 20, 10), tables=TABLES[:1])
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    for output in ("-", "pipe"):
+        assert main(["report", "a", "-o", output]) == 2
+        assert f"{output} is no file" in capsys.readouterr().err
+    assert main(["report", ""]) == 2
+    assert "An empty path" in capsys.readouterr().err
+    (tmp_path / "taken").write_text("x")
+    assert main(["report", "a", "-o", "taken/x.html"]) == 2
+    assert "x.html cannot be written" in capsys.readouterr().err
+    (tmp_path / "link.html").symlink_to(tmp_path / "real.html")
+    assert main(["report", "a", "-o", "link.html"]) == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "real.html").stat().st_size > 10_000
+    assert main(["report", "a", "-o", "new/"]) == 0
+    assert (tmp_path / "new" / "report.html").is_file()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_the_command_does_not_flood_the_terminal(tmp_path, capsys):
+    path = write_run(tmp_path, steps=range(0, 20, 10), tables=TABLES[:1])
+    with path.open("a") as stream:
+        stream.write("x\n" * 30)
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 6
+    assert "and 25 more damaged lines" in said[-1]
 
 
 def test_the_command_needs_a_run(tmp_path, capsys):

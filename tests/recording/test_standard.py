@@ -212,6 +212,18 @@ def test_every_line_of_a_chart_has_a_look_of_its_own(tmp_path):
             assert len(looks) == len(set(looks))
 
 
+def test_two_thresholds_are_told_apart():
+    table = TABLES[3]
+    keys = ("batch_sharpness", "stability_threshold", "small_batch_level")
+    records = [Record(step=i, monitor="M", scalars={f"sharpness/{key}": 1.0 + i for key in keys}) for i in (0, 1)]
+    panels = panels_of([Run("r", (), records, declared=[table])], "sharpness")
+    assert [(c.label, c.style) for panel in panels for c in panel.curves] == [
+        ("BS", "line"),
+        ("λ*", "dashed"),
+        ("small_batch_level", "dotted"),
+    ]
+
+
 def test_a_layer_has_one_colour_in_all_charts(folder):
     (run,) = load_runs(folder / "one")
     table = next(table for table in run.tables if table.family == "collapse")

@@ -239,18 +239,20 @@ def _curves(runs: Sequence[Run], family: str, quantities: Sequence[Quantity], re
     symbols = [quantity.symbol for quantity in quantities]
     several = len(runs) > 1
     values = [quantity for quantity in quantities if quantity.key not in references]
+    beside = [quantity for quantity in quantities if quantity.key in references]
     kept = [each for each in CYCLE if each != VERMILION]  # which is that of what they are compared with
     own_colours = kept[: len(values)] if len(values) <= len(kept) else _depth_colours(len(values))
     units = {quantity.unit for quantity in quantities}
     for run, colour in zip(runs, run_colours(len(runs)), strict=True):
-        for quantity in (*values, *(q for q in quantities if q.key in references)):
+        for quantity in (*values, *beside):
             series = run.series(f"{family}/{quantity.key}")
             if not len(series):
                 continue
             is_clear = len(quantity.symbol) <= _SHORT and symbols.count(quantity.symbol) == 1
             label = quantity.symbol if is_clear and quantity.symbol else quantity.key
             label += f" [{quantity.unit}]" if len(units) > 1 and quantity.unit not in ("", "1") else ""
-            style: Style = "dashed"
+            is_second = quantity.key in references and quantity is not beside[0]
+            style: Style = "dotted" if is_second and (not several or len(values) == 1) else "dashed"
             own = VERMILION
             if quantity.key not in references:
                 place = values.index(quantity)
