@@ -117,7 +117,7 @@ def trained(folder, monitors, data=None, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({}, id="plain"),
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
         pytest.param({"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}, id="accumulation and clipping"),
         pytest.param({"manual": True}, id="manual optimization", marks=pytest.mark.slow),
         pytest.param({"data": NoisyStream}, id="iterable data", marks=pytest.mark.slow),

@@ -63,5 +63,6 @@ def test_a_resumed_run_of_sharded_weights_goes_on(folder):
     assert_same(curves(folder / "2-resumed.json"), curves(folder / "2.json"))
 
 
+@pytest.mark.slow
 def test_whole_copies_are_refused_with_the_cure(tmp_path):
     assert "Use `memory='projection'`" in run(tmp_path, "2", "device")

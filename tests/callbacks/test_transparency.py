@@ -213,7 +213,7 @@ CONFIGURATIONS = {
 }
 
 
-NEARLY_THE_SAME = ("clipping by value", "persistent workers", "bf16-mixed", "validation")
+NEARLY_THE_SAME = ("clipping by value", "persistent workers", "bf16-mixed", "validation", "iterable data")
 """Dear, and with another like it among the configurations."""
 
 
@@ -534,7 +534,10 @@ ALSO_NEARLY_THE_SAME = (
     "16-mixed with skipped steps",
     "L-BFGS",
     "the Tuner before",
+    "validation and test around",
+    "SAM by hand",
     "stochastic weight averaging",
+    "average of the weights",
     "SAM with accumulation and clipping",
     "GSAM in mixed precision",
     "samples with replacement",
